@@ -1,0 +1,1 @@
+"""Benchmarks: cases as data, peers measured interleaved in the same process. See README.md in this folder."""

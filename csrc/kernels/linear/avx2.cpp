@@ -1,0 +1,4 @@
+#define PYENGINE_ISA avx2
+#include "simd/avx2.h"
+
+#include "kernels/linear/generic.inc"

@@ -1,0 +1,42 @@
+// y = activation((q_x q_w^T) * (scale_x * scale_w) + bias): the arguments, and what a kernel provides.
+#pragma once
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace pyengine {
+
+struct LinearArgs {
+  const void* x;          // (M, K) contiguous; float32, bfloat16, float16, or int8 codes in [-127, 127]
+  const uint8_t* layout;  // the weight, see panels.h
+  const float* bias;      // (N) or null
+  void* y;                // (M, N) contiguous; float32, bfloat16, float16, or int32 for the bare sums of int8 codes
+  uint8_t* workspace;     // linear_workspace_bytes, 64-byte aligned
+  int64_t M, N, K;
+  DType x_type, y_type;
+  Activation activation;
+};
+
+// A kernel runs in two phases. Neither checks, allocates, starts a thread or keeps state: the ranges of one phase may
+// run at the same time, in any order.
+struct LinearKernel {
+  // Prepares rows [begin, end) of x in the workspace.
+  void (*rows)(const LinearArgs& args, int64_t begin, int64_t end);
+  // Computes the columns of the 16-wide panels [begin, end) of y, for all rows.
+  void (*panels)(const LinearArgs& args, int64_t begin, int64_t end);
+};
+
+// Rows are taken in blocks of this many, which bounds the workspace and keeps the prepared rows in the caches.
+constexpr int64_t kLinearRowBlock = 256;
+
+// Enough for either kernel: per row a float scale, and K padded to 8 as two rows of bytes or as one of floats.
+int64_t linear_workspace_bytes(int64_t M, int64_t K);
+
+// args.M rows in blocks, each phase split over torch's threads.
+void linear(const LinearKernel& kernel, const LinearArgs& args);
+
+#define PYENGINE_LINEAR(variant, isa) extern const LinearKernel linear_##variant##_##isa;
+#include "kernels/linear/kernels.inc"
+#undef PYENGINE_LINEAR
+
+}  // namespace pyengine

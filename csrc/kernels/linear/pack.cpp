@@ -1,0 +1,68 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/linear/panels.h"
+#include "parallel.h"
+
+namespace pyengine {
+namespace {
+
+constexpr uint32_t kSignBits = 0x80808080u;  // offset binary to two's complement and back
+
+// Four codes of a row from column k on; zeros past the end.
+uint32_t load_quad(const uint8_t* row, int64_t k, int64_t K) {
+  uint32_t quad = kSignBits;
+  std::memcpy(&quad, row + k, static_cast<size_t>(K - k < 4 ? K - k : 4));
+  return quad ^ kSignBits;
+}
+
+bool is_paired(const int8_t* panel, int64_t depth) {
+  for (int64_t k = 0; k < depth; k += 8, panel += 8 * kPanel)
+    for (int64_t column = 0; column < kPanel; column++) {
+      const int8_t* low = panel + 4 * column;
+      const int8_t* high = low + 4 * kPanel;
+      const int first = std::abs(low[0]) + std::abs(low[1]) + std::abs(high[0]) + std::abs(high[1]);
+      const int second = std::abs(low[2]) + std::abs(low[3]) + std::abs(high[2]) + std::abs(high[3]);
+      if (first > 258 || second > 258) return false;
+      for (int i = 0; i < 4; i++)
+        if (low[i] == -128 || high[i] == -128) return false;
+    }
+  return true;
+}
+
+}  // namespace
+
+void pack_panels(const uint8_t* qdata, const float* scale, int64_t N, int64_t K, uint8_t* layout) {
+  const Panels panels(N, K);
+  std::memset(layout, 0, static_cast<size_t>(panels.codes));
+  std::memcpy(layout, scale, static_cast<size_t>(N) * 4);
+  parallel_for(panels.count, 1 + (1 << 16) / (kPanel * panels.depth), [=](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      uint8_t* panel = layout + panels.codes + p * kPanel * panels.depth;
+      const int64_t columns = N - p * kPanel < kPanel ? N - p * kPanel : kPanel;
+      for (int64_t k = 0; k < panels.depth; k += 4)
+        for (int64_t column = 0; column < kPanel; column++) {
+          const bool inside = column < columns && k < K;
+          const uint32_t quad = inside ? load_quad(qdata + (p * kPanel + column) * K, k, K) : 0;
+          std::memcpy(panel + k * kPanel + 4 * column, &quad, 4);
+        }
+      layout[panels.paired + p] = is_paired(reinterpret_cast<const int8_t*>(panel), panels.depth);
+    }
+  });
+}
+
+void unpack_panels(const uint8_t* layout, int64_t N, int64_t K, uint8_t* qdata, float* scale) {
+  const Panels panels(N, K);
+  std::memcpy(scale, layout, static_cast<size_t>(N) * 4);
+  for (int64_t n = 0; n < N; n++) {
+    const uint8_t* column = layout + panels.codes + n / kPanel * kPanel * panels.depth + n % kPanel * 4;
+    for (int64_t k = 0; k < K; k += 4) {
+      uint32_t quad;
+      std::memcpy(&quad, column + k * kPanel, 4);
+      quad ^= kSignBits;
+      std::memcpy(qdata + n * K + k, &quad, static_cast<size_t>(K - k < 4 ? K - k : 4));
+    }
+  }
+}
+
+}  // namespace pyengine

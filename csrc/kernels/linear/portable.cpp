@@ -1,0 +1,4 @@
+#define PYENGINE_ISA portable
+#include "simd/portable.h"
+
+#include "kernels/linear/generic.inc"

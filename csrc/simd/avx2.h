@@ -1,0 +1,107 @@
+// The primitives that kernels are templates on, for AVX2 with FMA and F16C. portable.h states what each one computes.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  static F zero_f() { return _mm256_setzero_ps(); }
+  static I zero_i() { return _mm256_setzero_si256(); }
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static I load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store_i(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static I broadcast4(const void* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return _mm256_set1_epi32(word);
+  }
+
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // vmaxps and vminps return their second operand when either is NaN.
+  static F at_least(float bound, F x) { return _mm256_max_ps(set(bound), x); }
+  static F at_most(float bound, F x) { return _mm256_min_ps(set(bound), x); }
+  static F abs(F x) { return _mm256_andnot_ps(set(-0.0f), x); }
+  static F copy_sign(F magnitude, F sign) {
+    return _mm256_or_ps(_mm256_andnot_ps(set(-0.0f), magnitude), _mm256_and_ps(set(-0.0f), sign));
+  }
+  static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F exp2_integer(F n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
+  static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  template <int Byte>
+  static F byte_to_float(I x) {
+    return to_float(_mm256_srai_epi32(Byte == 3 ? x : _mm256_slli_epi32(x, 24 - 8 * Byte), 24));
+  }
+
+  // vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating: 2 * 128 * 127 = 32512 fits
+  // with |w| on the unsigned side. vpsignb moves the sign of w to a, which is never -128, so that it never wraps.
+  static I dot4(I sum, I a, I w) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  // Two products are added in 16 bits before they are widened once: exact because the caller has proved that
+  // |w0[2i]| + |w0[2i+1]| + |w1[2i]| + |w1[2i+1]| <= 258, and 258 * 127 = 32766.
+  static I dot4_pair(I sum, I abs_a0, I a0, I w0, I abs_a1, I a1, I w1) {
+    const I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(abs_a0, _mm256_sign_epi8(w0, a0)),
+                                     _mm256_maddubs_epi16(abs_a1, _mm256_sign_epi8(w1, a1)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+
+  static F load_bf16(const uint16_t* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static F load_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_bf16(uint16_t* p, F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i word = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(word, word), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static void store_f16(uint16_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static I max_magnitude_bits(I largest, F x) {
+    return _mm256_max_epi32(largest, _mm256_castps_si256(abs(x)));
+  }
+  static int32_t reduce_max(I x) {
+    alignas(32) int32_t lane[8];
+    store_i(lane, x);
+    int32_t largest = lane[0];
+    for (int i = 1; i < 8; i++) largest = lane[i] > largest ? lane[i] : largest;
+    return largest;
+  }
+  static void store_codes(const F (&x)[4], F scale, int8_t* codes, uint8_t* magnitudes) {
+    const I low = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(x[0], scale)), _mm256_cvtps_epi32(mul(x[1], scale)));
+    const I high = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(x[2], scale)), _mm256_cvtps_epi32(mul(x[3], scale)));
+    // The two packs interleave 128-bit halves; one permutation of words puts the 32 codes back in order.
+    const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const I q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), q);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(magnitudes), _mm256_abs_epi8(q));
+  }
+  static F load_codes(const uint8_t* p) {
+    return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+};
+
+}  // namespace

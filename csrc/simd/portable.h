@@ -1,0 +1,156 @@
+// The primitives that kernels are templates on, in plain C++: the statement of what each one computes, and the path
+// for processors without a file of their own. A vector is eight 32-bit lanes, or 32 bytes in four per lane.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  struct F {
+    float lane[8];
+  };
+  struct I {
+    int32_t lane[8];
+  };
+
+  template <class Function>
+  static F each(Function f) {
+    F y;
+    for (int i = 0; i < 8; i++) y.lane[i] = f(i);
+    return y;
+  }
+  static int byte_of(int32_t word, int index) { return static_cast<int8_t>(static_cast<uint32_t>(word) >> (8 * index)); }
+  template <class To, class From>
+  static To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+  }
+
+  static F zero_f() { return F{}; }
+  static I zero_i() { return I{}; }
+  static F set(float x) {
+    return each([&](int) { return x; });
+  }
+  static F load(const float* p) { return each([&](int i) { return p[i]; }); }
+  static void store(float* p, F x) { std::memcpy(p, x.lane, sizeof(x)); }
+  static I load_bytes(const void* p) {
+    I y;
+    std::memcpy(y.lane, p, sizeof(y));
+    return y;
+  }
+  static void store_i(int32_t* p, I x) { std::memcpy(p, x.lane, sizeof(x)); }
+  // The same four bytes in each lane.
+  static I broadcast4(const void* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    I y;
+    for (int i = 0; i < 8; i++) y.lane[i] = word;
+    return y;
+  }
+
+  static F add(F a, F b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static F mul(F a, F b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
+  static F div(F a, F b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
+  // a * b + c, in one or two roundings.
+  static F fma(F a, F b, F c) { return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+  // max(bound, x) and min(bound, x); a NaN in x stays a NaN.
+  static F at_least(float bound, F x) { return each([&](int i) { return x.lane[i] < bound ? bound : x.lane[i]; }); }
+  static F at_most(float bound, F x) { return each([&](int i) { return x.lane[i] > bound ? bound : x.lane[i]; }); }
+  static F abs(F x) { return each([&](int i) { return std::fabs(x.lane[i]); }); }
+  static F copy_sign(F magnitude, F sign) {
+    return each([&](int i) { return std::copysign(magnitude.lane[i], sign.lane[i]); });
+  }
+  // Half to even, for |x| < 2^22: the sum has no bits left for a fraction.
+  static F round(F x) { return each([&](int i) { return (x.lane[i] + 12582912.0f) - 12582912.0f; }); }
+  // 2^n for a whole n in [-126, 127]; anything for a NaN.
+  static F exp2_integer(F n) {
+    return each([&](int i) {
+      const int32_t exponent = n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) : 0;
+      return bits<float>((exponent + 127) << 23);
+    });
+  }
+  static F to_float(I x) { return each([&](int i) { return static_cast<float>(x.lane[i]); }); }
+  // Signed byte number `Byte` of each lane.
+  template <int Byte>
+  static F byte_to_float(I x) {
+    return each([&](int i) { return static_cast<float>(byte_of(x.lane[i], Byte)); });
+  }
+
+  // sum + the exact sum over the four bytes of each lane of a * w; a in [-127, 127], w in [-128, 127].
+  static I dot4(I sum, I a, I w) {
+    for (int i = 0; i < 8; i++)
+      for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(a.lane[i], b) * byte_of(w.lane[i], b);
+    return sum;
+  }
+  // dot4 of two pairs of vectors, for weights that keep the bound of panels.h; |a| is given beside a.
+  static I dot4_pair(I sum, I, I a0, I w0, I, I a1, I w1) { return dot4(dot4(sum, a0, w0), a1, w1); }
+
+  static F load_bf16(const uint16_t* p) {
+    return each([&](int i) { return bits<float>(static_cast<uint32_t>(p[i]) << 16); });
+  }
+  static F load_f16(const uint16_t* p) {
+    return each([&](int i) {
+      const uint32_t sign = (p[i] & 0x8000u) << 16, exponent = (p[i] >> 10) & 31u, mantissa = p[i] & 0x3ffu;
+      if (exponent == 31) return bits<float>(sign | 0x7f800000u | mantissa << 13);
+      if (exponent) return bits<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+      const float value = static_cast<float>(mantissa) * 0x1p-24f;  // a denormal half
+      return bits<float>(bits<uint32_t>(value) | sign);
+    });
+  }
+  // Half to even; a NaN becomes the quiet NaN.
+  static void store_bf16(uint16_t* p, F x) {
+    for (int i = 0; i < 8; i++) {
+      const uint32_t word = bits<uint32_t>(x.lane[i]);
+      p[i] = x.lane[i] != x.lane[i] ? 0x7fc0 : static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+    }
+  }
+  static void store_f16(uint16_t* p, F x) {
+    for (int i = 0; i < 8; i++) {
+      const uint32_t word = bits<uint32_t>(x.lane[i]), magnitude = word & 0x7fffffffu;
+      uint32_t half;
+      if (magnitude > 0x7f800000u) {
+        half = 0x7e00;
+      } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+        half = 0x7c00;
+      } else if (magnitude >= 0x38800000u) {  // normal halves
+        half = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+      } else {  // denormal halves: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+        half = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
+      }
+      p[i] = static_cast<uint16_t>(half | (word >> 16 & 0x8000u));
+    }
+  }
+
+  // The larger of each lane and the bits of |x|: they order as the values do, with infinity and NaN on top.
+  static I max_magnitude_bits(I largest, F x) {
+    for (int i = 0; i < 8; i++) {
+      const int32_t magnitude = bits<int32_t>(x.lane[i]) & 0x7fffffff;
+      if (magnitude > largest.lane[i]) largest.lane[i] = magnitude;
+    }
+    return largest;
+  }
+  static int32_t reduce_max(I x) {
+    int32_t largest = x.lane[0];
+    for (int i = 1; i < 8; i++) largest = x.lane[i] > largest ? x.lane[i] : largest;
+    return largest;
+  }
+  // 32 codes round-half-even(x * scale), where |x * scale| < 127.5, and their magnitudes.
+  static void store_codes(const F (&x)[4], F scale, int8_t* codes, uint8_t* magnitudes) {
+    for (int v = 0; v < 4; v++) {
+      const F q = round(mul(x[v], scale));
+      for (int i = 0; i < 8; i++) {
+        codes[8 * v + i] = static_cast<int8_t>(q.lane[i]);
+        magnitudes[8 * v + i] = static_cast<uint8_t>(std::fabs(q.lane[i]));
+      }
+    }
+  }
+  // Eight unsigned bytes.
+  static F load_codes(const uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+};
+
+}  // namespace

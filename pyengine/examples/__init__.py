@@ -1,0 +1,1 @@
+"""Examples: scripts that run as they stand, each run by the tests."""

@@ -1,0 +1,70 @@
+"""pe.nn.Linear: torch.nn.Linear on a packed weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import FLOAT, ActivationSpec
+from ..ops import linear_prepared
+from ..packed import PackedWeight
+from ..scheme import Scheme
+from .packed_module import PackedModule
+
+
+class Linear(PackedModule):
+    """y = x @ weight.T + bias on a packed weight: x (..., K) float32, bfloat16 or float16 -> y (..., N) in x's dtype.
+
+    weight: an (N, K) PackedWeight. bias: (N) or None; it takes part in autograd if its requires_grad is set, which it
+    is not at first. input_spec: what happens to x, see ActivationSpec. dtype: what `.weight` reports; it follows
+    .half() and the like. Gradients flow to x through the dequantized weight; the weight itself is not trainable.
+    """
+
+    op = "linear"
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        input_spec: ActivationSpec = FLOAT,
+        dtype: torch.dtype = torch.float32,
+        name: str = "",
+        kernel: str | None = None,
+    ) -> None:
+        super().__init__(weight, input_spec=input_spec, dtype=dtype, name=name, kernel=kernel)
+        if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"linear {name!r}: bias has shape {tuple(bias.shape)}, weight has N={weight.shape[0]}")
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, scheme: str | Scheme, *, name: str = "") -> Linear:
+        """Quantize a float layer, which is left as it is. Raises ValueError if its weight is not finite."""
+        scheme = Scheme.parse(scheme)
+        try:
+            weight = PackedWeight.quantize(linear.weight, scheme.format, pair_sum=scheme.pairs)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"linear {name!r}: {error}") from None
+        layer = cls(weight, linear.bias, input_spec=scheme.input_spec, dtype=linear.weight.dtype, name=name)
+        return layer.train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        return self._prepared.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self._prepared.shape[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Straight from the dictionaries: nn.Module.__getattr__ would cost a tenth of a small layer's time.
+        layout, bias = self._buffers["layout"], self._parameters["bias"]
+        assert layout is not None
+        return linear_prepared(input, layout, bias, self._prepared, None, self.name)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.format.name}, activations={self.input_spec.name}, kernel={self.kernel}"
+        )

@@ -1,0 +1,287 @@
+"""The door for tensors: check, allocate, select, run. And the same ops for torch.compile and torch.export.
+
+Each op has two ways in. Eager calls on plain tensors go straight to a kernel. Everything else (compilation, export,
+gradients, tensor subclasses) goes through torch.ops.pyengine.*, which names formats and layouts but no instruction
+set, so that an exported program runs on another machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import KERNELS, cpu
+from .formats import ACTIVATIONS, FLOAT, ActivationSpec, parse_format
+from .packed import PackedWeight
+from .registry import KernelSpec, Problem, choose
+
+logger = logging.getLogger("pyengine")
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight made ready for a kernel, all but its tensor: what a layer keeps beside its layout."""
+
+    kernel: KernelSpec
+    problem: Problem
+    shape: tuple[int, int]
+
+    def unpack(self, layout: Tensor) -> PackedWeight:
+        return self.kernel.layout.unpack(layout, self.problem.format, self.shape)
+
+
+def prepare(
+    op: str,
+    weight: PackedWeight,
+    input_spec: ActivationSpec = FLOAT,
+    *,
+    name: str = "",
+    device: torch.device | None = None,
+    kernel: str | None = None,
+) -> tuple[Prepared, Tensor]:
+    """Choose a kernel and derive its layout.
+
+    kernel forces one by name, for tests and benchmarks. A fallback to the generic backend on a CPU is logged once
+    with the layer's name; under PYENGINE_STRICT=1 it raises NotImplementedError.
+    """
+    device = weight.qdata.device if device is None else device
+    problem = Problem(op, weight.format, input_spec, device.type)
+    candidates = KERNELS if kernel is None else [k for k in (*cpu.SUPPORTED, *KERNELS) if k.name == kernel]
+    chosen = choose(candidates, problem)
+    if chosen.fallback and kernel is None:
+        where = f"{op} {name!r}" if name else op
+        message = f"{where}: no kernel for {weight.format.name} with {input_spec.name} activations on {device.type}"
+        if os.environ.get("PYENGINE_STRICT") == "1":
+            raise NotImplementedError(message)
+        logger.warning("%s, each call dequantizes the weight", message)
+    return Prepared(chosen, problem, weight.shape), chosen.layout.pack(weight.to(device))
+
+
+def _linear_error(x: Tensor, prepared: Prepared, activation: str | None, layout: Tensor, name: str) -> Exception:
+    where = f"linear {name!r}" if name else "linear"
+    if x.dtype not in FLOAT_DTYPES:
+        return TypeError(f"{where}: x is {x.dtype}, which is none of float32, bfloat16, float16")
+    if x.device != layout.device:
+        return TypeError(f"{where}: x is on {x.device}, weight is on {layout.device}")
+    if not x.dim() or x.shape[-1] != prepared.shape[1]:
+        return ValueError(f"{where}: x has K={x.shape[-1] if x.dim() else 0}, weight has K={prepared.shape[1]}")
+    return ValueError(f"{where}: activation {activation!r} is none of {', '.join(map(str, cpu.ACTIVATION_CODES))}")
+
+
+_DTYPES = frozenset(FLOAT_DTYPES)
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def linear_prepared(
+    x: Tensor,
+    layout: Tensor,
+    bias: Tensor | None,
+    prepared: Prepared,
+    activation: str | None = None,
+    name: str = "",
+) -> Tensor:
+    """pe.ops.linear on a prepared weight; name is the layer's, for error messages."""
+    device_type = prepared.problem.device
+    if torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    shape = x.shape
+    if (
+        x.dtype not in _DTYPES
+        or not shape
+        or shape[-1] != prepared.shape[1]
+        or x.device != layout.device
+        or activation not in cpu.ACTIVATION_CODES
+    ):
+        raise _linear_error(x, prepared, activation, layout, name)
+    if (
+        type(x) is not Tensor
+        or _is_compiling()
+        or (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or torch.jit.is_tracing()
+    ):
+        problem = prepared.problem
+        out: Tensor = torch.ops.pyengine.linear(
+            x, layout, bias, *prepared.shape, problem.format.name, problem.input_spec.name,
+            prepared.kernel.layout.name, activation,
+        )  # fmt: skip
+        return out
+    result: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
+    return result
+
+
+def embedding_prepared(ids: Tensor, layout: Tensor, prepared: Prepared, dtype: torch.dtype, name: str = "") -> Tensor:
+    """pe.ops.embedding on a prepared table."""
+    where = f"embedding {name!r}" if name else "embedding"
+    if ids.dtype not in ID_DTYPES:
+        raise TypeError(f"{where}: indices are {ids.dtype}, not int64 or int32")
+    if ids.device != layout.device:
+        raise TypeError(f"{where}: indices are on {ids.device}, weight is on {layout.device}")
+    if type(ids) is not Tensor or _is_compiling() or torch.jit.is_tracing():
+        problem = prepared.problem
+        out: Tensor = torch.ops.pyengine.embedding(
+            ids, layout, *prepared.shape, problem.format.name, prepared.kernel.layout.name, dtype
+        )
+        return out
+    result: Tensor = prepared.kernel.run(ids, layout, prepared.shape, prepared.problem, dtype)
+    return result
+
+
+def dequantize_prepared(layout: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
+    """The float (N, K) weight of a layout."""
+    out: Tensor = torch.ops.pyengine.dequantize(
+        layout, *prepared.shape, prepared.problem.format.name, prepared.kernel.layout.name, dtype
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolve(op: str, format_name: str, input_spec: str, layout: str, shape: tuple[int, int], device: str) -> Prepared:
+    """The kernel on this machine for a weight that lies in a layout of that name."""
+    problem = Problem(op, parse_format(format_name), ACTIVATIONS[input_spec], device)
+    return Prepared(choose([k for k in KERNELS if k.layout.name == layout], problem), problem, shape)
+
+
+# ---- the same for torch's dispatcher ---------------------------------------------------------------------------------
+
+_library = torch.library.Library("pyengine", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor layout, Tensor? bias, SymInt n, SymInt k, str format, str input_spec, str layout_name, "
+    "str? activation) -> Tensor"
+)
+_library.define(
+    "embedding(Tensor ids, Tensor layout, SymInt n, SymInt k, str format, str layout_name, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "dequantize(Tensor layout, SymInt n, SymInt k, str format, str layout_name, ScalarType dtype) -> Tensor"
+)
+
+
+def _linear_impl(
+    x: Tensor, layout: Tensor, bias: Tensor | None, n: int, k: int, format: str, input_spec: str, layout_name: str,
+    activation: str | None,
+) -> Tensor:  # fmt: skip
+    prepared = _resolve("linear", format, input_spec, layout_name, (n, k), x.device.type)
+    y: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
+    return y
+
+
+def _linear_fake(x: Tensor, layout: Tensor, bias: Tensor | None, n: int, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _embedding_impl(
+    ids: Tensor, layout: Tensor, n: int, k: int, format: str, layout_name: str, dtype: torch.dtype
+) -> Tensor:
+    prepared = _resolve("embedding", format, FLOAT.name, layout_name, (n, k), ids.device.type)
+    y: Tensor = prepared.kernel.run(ids, layout, prepared.shape, prepared.problem, dtype)
+    return y
+
+
+def _embedding_fake(ids: Tensor, layout: Tensor, n: int, k: int, f: str, name: str, dtype: torch.dtype) -> Tensor:
+    return layout.new_empty((*ids.shape, k), dtype=dtype)
+
+
+_LAYOUTS = {kernel.layout.name: kernel.layout for kernel in (*cpu.SUPPORTED, *KERNELS)}
+
+
+def _dequantize_impl(layout: Tensor, n: int, k: int, format: str, layout_name: str, dtype: torch.dtype) -> Tensor:
+    return _LAYOUTS[layout_name].unpack(layout, parse_format(format), (n, k)).dequantize(dtype)
+
+
+def _dequantize_fake(layout: Tensor, n: int, k: int, f: str, name: str, dtype: torch.dtype) -> Tensor:
+    return layout.new_empty((n, k), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, layout, bias, *_, activation = inputs
+    if activation is not None:
+        raise NotImplementedError("pyengine::linear: no gradient through a fused activation; apply it after the layer")
+    ctx.save_for_backward(layout)
+    ctx.arguments = inputs[3:6], inputs[7], x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of F.linear with the dequantized weight: the rounding of activations counts as the identity."""
+    (layout,) = ctx.saved_tensors
+    (n, k, format), layout_name, dtype = ctx.arguments
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.ops.pyengine.dequantize(layout, n, k, format, layout_name, dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, n).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, grad_bias, *([None] * 6)
+
+
+for _name, _impl, _fake in (
+    ("linear", _linear_impl, _linear_fake),
+    ("embedding", _embedding_impl, _embedding_fake),
+    ("dequantize", _dequantize_impl, _dequantize_fake),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyengine::{_name}", _fake, lib=_library)
+torch.library.register_autograd("pyengine::linear", _linear_backward, setup_context=_setup_context, lib=_library)
+
+
+# ---- functions of packed weights -------------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    input_spec: ActivationSpec | str = FLOAT,
+) -> Tensor:
+    """y = activation(x @ weight.T + bias), x: (..., K) float32, bfloat16 or float16 -> y: (..., N) in x's dtype.
+
+    weight: an (N, K) PackedWeight. bias: (N). activation: None, "relu", "gelu" (of erf) or "silu". input_spec: "float",
+    or "a8" to quantize each row of x to int8 first: y = activation((q_x @ q_w.T) * (scale_x * scale_w) + bias).
+    The layout is derived anew on each call; a layer (pe.nn.Linear) keeps it.
+
+    Raises TypeError (dtype, device), ValueError (size) and NotImplementedError (no kernel).
+    """
+    prepared, layout = prepare("linear", weight, _activation_spec(input_spec), device=x.device)
+    return linear_prepared(x, layout, bias, prepared, activation)
+
+
+def embedding(ids: Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of the table: ids (...) int64 or int32 -> (..., K). Raises IndexError for an id outside [0, N)."""
+    prepared, layout = prepare("embedding", weight, device=ids.device)
+    return embedding_prepared(ids, layout, prepared, dtype)
+
+
+def linear_int32(x: Tensor, weight: PackedWeight, *, kernel: str | None = None) -> Tensor:
+    """The bare sums q_x @ q_w.T of an integer kernel: x (M, K) int8 codes in [-127, 127] -> (M, N) int32.
+
+    Equal on every kernel and to reference.linear_int32; for tests of exactness. K up to 131,072.
+    """
+    if x.dtype != torch.int8 or x.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"linear_int32: x is {x.dtype} {tuple(x.shape)}, weight has K={weight.shape[1]}")
+    if weight.shape[1] > 1 << 17:
+        raise ValueError(f"linear_int32: K={weight.shape[1]} is above 131072, where int32 sums may overflow")
+    if bool((x == -128).any()):
+        raise ValueError("linear_int32: x has the code -128; codes lie in [-127, 127]")
+    prepared, layout = prepare("linear", weight, ACTIVATIONS["a8"], kernel=kernel)
+    if prepared.kernel.fallback:
+        raise NotImplementedError(f"linear_int32: no integer kernel for {weight.format.name}")
+    return cpu.linear_int32(prepared.kernel, x.contiguous(), layout, weight.shape)
+
+
+def _activation_spec(spec: ActivationSpec | str) -> ActivationSpec:
+    if isinstance(spec, ActivationSpec):
+        return spec
+    if spec not in ACTIVATIONS:
+        raise ValueError(f"input_spec {spec!r} is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[spec]

@@ -1,0 +1,240 @@
+"""PackedWeight: the canonical bytes of a weight, checked whenever one is built, and the rounding that makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .formats import FormatError, WeightFormat
+from .reference import PAIR_LANES, PAIR_MAX_GROWTH, PAIR_TARGET
+
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
+
+# Codes are handled in blocks of rows of about this many, so that temporaries stay small beside the weight.
+_BLOCK = 1 << 20
+
+
+def _row_blocks(n: int, k: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(k, 1))
+    return (slice(row, min(row + step, n)) for row in range(0, n, step))
+
+
+def _bit_shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8 * bits, bits, device=device)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(N, K) uint8 codes -> (N, ceil(K * bits / 8)) uint8, a little-endian bitstream per row.
+
+    Eight codes fill `bits` bytes: they are put together in one 64-bit word, of which the low bytes are kept.
+    """
+    n, k = codes.shape
+    if bits == 8:
+        return codes.contiguous()
+    width = (k * bits + 7) // 8
+    packed = torch.empty(n, width, dtype=torch.uint8, device=codes.device)
+    shifts = _bit_shifts(bits, codes.device)
+    for rows in _row_blocks(n, k):
+        octets = torch.nn.functional.pad(codes[rows], (0, -k % 8)).view(-1, -(-k // 8), 8)
+        words = (octets.long() << shifts).sum(-1).view(torch.uint8).view(octets.shape[0], -1, 8)
+        packed[rows] = words[..., :bits].reshape(octets.shape[0], -1)[:, :width]
+    return packed
+
+
+def unpack_codes(qdata: Tensor, bits: int, k: int) -> Tensor:
+    """Inverse of pack_codes: (N, ceil(k * bits / 8)) uint8 -> (N, k) uint8."""
+    n = qdata.shape[0]
+    if bits == 8:
+        return qdata
+    codes = torch.empty(n, k, dtype=torch.uint8, device=qdata.device)
+    shifts = _bit_shifts(bits, qdata.device)
+    octets = -(-k // 8)
+    for rows in _row_blocks(n, k):
+        block = torch.nn.functional.pad(qdata[rows], (0, octets * bits - qdata.shape[1])).view(-1, octets, bits)
+        words = torch.nn.functional.pad(block, (0, 8 - bits)).contiguous().view(torch.int64)
+        codes[rows] = ((words >> shifts) & (2**bits - 1)).to(torch.uint8).view(-1, octets * 8)[:, :k]
+    return codes
+
+
+def _spread(per_group: Tensor, format: WeightFormat, k: int) -> Tensor:
+    return per_group.repeat_interleave(format.group_size, 1)[:, :k] if format.group_size else per_group
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A quantized (N, K) weight in the bytes of the file.
+
+    qdata: uint8 (N, ceil(K * bits / 8)), see reference.pack_codes. scale: (N, groups) in the format's dtype, finite,
+    >= 0. zero: (N, groups), uint8 in the domain of the codes or float32; None unless the encoding is uint.
+    Raises FormatError if the tensors do not fit each other, and NotImplementedError for formats without code.
+    """
+
+    format: WeightFormat
+    shape: tuple[int, int]
+    qdata: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.format.require_dense()
+        n, k = self.shape
+        if n < 0 or k < 0:
+            raise FormatError(f"weight of shape {self.shape}")
+        groups = self.format.groups(k)
+        self._check("qdata", self.qdata, torch.uint8, (n, self.format.row_bytes(k)))
+        self._check("scale", self.scale, DTYPES[self.format.scale_dtype], (n, groups))
+        if not bool((torch.isfinite(self.scale) & (self.scale >= 0)).all()):
+            raise FormatError("scale has values that are negative or not finite")
+        if (self.zero is None) != (self.format.zero_dtype is None):
+            raise FormatError(f"zero points are {'missing' if self.zero is None else 'not part of'} {self.format.name}")
+        if self.zero is not None and self.format.zero_dtype is not None:
+            self._check("zero", self.zero, DTYPES[self.format.zero_dtype], (n, groups))
+            top = 2**self.format.bits - 1
+            if self.zero.dtype == torch.uint8 and bool((self.zero > top).any()):
+                raise FormatError(f"zero points lie above the largest code, {top}")
+            if not bool(torch.isfinite(self.zero).all()):
+                raise FormatError("zero points are not finite")
+        spare = -k * self.format.bits % 8
+        if spare and n and bool((self.qdata[:, -1] >> (8 - spare)).any()):
+            raise FormatError("the padding bits at the end of the rows of qdata are not 0")
+        if self.format.encoding == "ternary" and bool((self.codes() > 2).any()):
+            raise FormatError("ternary codes lie above 2")
+
+    def _check(self, what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        if tensor.dtype != dtype:
+            raise FormatError(f"{what} is {tensor.dtype}, format {self.format.name} has {dtype}")
+        if tuple(tensor.shape) != shape:
+            raise FormatError(f"{what} has shape {tuple(tensor.shape)}, {self.format.name} {self.shape} has {shape}")
+        if not tensor.is_contiguous():
+            raise FormatError(f"{what} is not contiguous")
+
+    @classmethod
+    def trusted(cls, format: WeightFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> PackedWeight:
+        """Of tensors that come from a weight that was checked, without checking them again."""
+        weight = object.__new__(cls)
+        for name, value in {"format": format, "shape": shape, "zero": None, **tensors}.items():
+            object.__setattr__(weight, name, value)
+        return weight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeight, (self.format, self.shape, self.qdata, self.scale, self.zero)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by the names they have in a state_dict and in the file."""
+        named = {"qdata": self.qdata, "scale": self.scale}
+        return named if self.zero is None else {**named, "zero": self.zero}
+
+    def to(self, device: torch.device) -> PackedWeight:
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def codes(self) -> Tensor:
+        """(N, K) uint8."""
+        return unpack_codes(self.qdata, self.format.bits, self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale * f(code): (N, K). Computed in float32 and rounded once to dtype."""
+        n, k = self.shape
+        codes = self.codes()
+        weight = torch.empty(n, k, dtype=dtype, device=codes.device)
+        for rows in _row_blocks(n, k):
+            q = codes[rows].float()
+            if self.format.encoding == "int":
+                q -= 2 ** (self.format.bits - 1)
+            elif self.format.encoding == "binary":
+                q = 2 * q - 1
+            elif self.format.encoding == "ternary":
+                q -= 1
+            else:
+                assert self.zero is not None
+                q -= _spread(self.zero[rows].float(), self.format, k)
+            weight[rows] = (q * _spread(self.scale[rows].float(), self.format, k)).to(dtype)
+        return weight
+
+    @classmethod
+    def quantize(cls, weight: Tensor, format: WeightFormat, *, pair_sum: bool = False) -> PackedWeight:
+        """Round a float (N, K) weight to nearest: to the bit what reference.quantize_weight states.
+
+        Raises ValueError if the weight is not finite.
+        """
+        format.require_dense()
+        if weight.dim() != 2:
+            raise ValueError(f"weight has {weight.dim()} dimensions, not 2")
+        if not weight.is_floating_point():
+            raise TypeError(f"weight is {weight.dtype}, not a float type")
+        if format.encoding not in ("int", "uint"):
+            raise NotImplementedError(f"format {format.name}: no rounding quantizer")
+        n, k = weight.shape
+        weight = weight.detach()
+        scale = torch.empty(n, format.groups(k), device=weight.device)
+        zero = torch.zeros_like(scale) if format.encoding == "uint" else None
+        codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+        for rows in _row_blocks(n, k):
+            block = weight[rows].float()
+            if not bool(torch.isfinite(block).all()):
+                raise ValueError("weight has values that are not finite")
+            scale[rows] = _scales(block, format, pair_sum)
+        stored = _stored_scale(scale, format)
+        format = replace(format, scale_dtype="float32" if stored.dtype == torch.float32 else "float16")
+        for rows in _row_blocks(n, k):
+            codes[rows], zeros = _round(weight[rows].float(), stored[rows].float(), format)
+            if zero is not None:
+                zero[rows] = zeros
+        qdata = pack_codes(codes, format.bits)
+        return cls(format, (n, k), qdata, stored, None if zero is None else zero.to(torch.uint8))
+
+
+def _grouped(w: Tensor, format: WeightFormat) -> Tensor:
+    """(N, K) -> (N, groups, group size), padded with zeros."""
+    n, k = w.shape
+    size = format.group_size or max(k, 1)
+    return torch.nn.functional.pad(w, (0, format.groups(k) * size - k)).view(n, -1, size)
+
+
+def _pair_scale(w: Tensor) -> Tensor:
+    octets = torch.nn.functional.pad(w.abs(), (0, -w.shape[1] % 8 or (0 if w.shape[1] else 8))).unflatten(1, (-1, 8))
+    sums = [((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES]
+    return torch.maximum(*sums).amax(1, keepdim=True) / PAIR_TARGET
+
+
+def _scales(w: Tensor, format: WeightFormat, pair_sum: bool) -> Tensor:
+    """float32 (N, groups), before they are stored."""
+    if format.encoding == "int":
+        scale = _grouped(w.abs(), format).amax(2) / (2 ** (format.bits - 1) - 1)
+        if pair_sum:
+            wanted = _pair_scale(w)
+            scale = torch.where(wanted <= scale * PAIR_MAX_GROWTH, torch.maximum(scale, wanted), scale)
+    else:
+        groups, top = _grouped(w, format), 2**format.bits - 1
+        scale = groups.amax(2).clamp(min=0.0) / top - groups.amin(2).clamp(max=0.0) / top
+    return torch.where(torch.isfinite(1.0 / scale), scale, 0.0)
+
+
+def _stored_scale(scale: Tensor, format: WeightFormat) -> Tensor:
+    if format.scale_dtype == "float32":
+        return scale
+    half = scale.to(torch.float16)
+    lost = ~torch.isfinite(half) | ((scale > 0) & (half < 2.0**-14))
+    return scale if bool(lost.any()) else half
+
+
+def _round(w: Tensor, scale: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
+    k = w.shape[1]
+    step = _spread(scale, format, k)
+    q = torch.where(step > 0, w / step, 0.0).round_()
+    if format.encoding == "int":
+        top = 2 ** (format.bits - 1) - 1
+        return q.clamp_(-top, top).add_(top + 1).to(torch.uint8), scale
+    top = 2**format.bits - 1
+    low = _grouped(w, format).amin(2).clamp(max=0.0)
+    zero = torch.where(scale > 0, -low / scale, 0.0).round_().clamp_(0, top)
+    return q.add_(_spread(zero, format, k)).clamp_(0, top).to(torch.uint8), zero
