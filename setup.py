@@ -1,7 +1,7 @@
 """Builds pyengine._C: one extension, one object per instruction set and op, chosen at run time.
 
-The stem of a kernel file names its instruction set and so selects its compiler flags. A set that the compiler does
-not know is left out of the build, and then out of the kernel table.
+The stem of a kernel file names its instruction set and so selects its compiler flags. A set that the compiler
+does not know is left out of the build, and then out of the kernel table.
 """
 
 import glob
@@ -65,6 +65,14 @@ extension = Pybind11Extension(
     depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inc", recursive=True),
     cxx_std=17,
     # Contraction is off so that a multiply and an add are fused only where a kernel says so.
-    extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", *HEADERS, *WARNINGS, *werror],
+    extra_compile_args=[
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        *HEADERS,
+        *WARNINGS,
+        *werror,
+    ],
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

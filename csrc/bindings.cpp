@@ -60,6 +60,9 @@ py::list kernels() {
   return rows;
 }
 
+// A workspace of at most this many bytes need not be passed.
+constexpr int64_t kStackWorkspace = 16 << 10;
+
 void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layout, int64_t N, int64_t K,
                 uintptr_t bias, uintptr_t y, int y_type, int activation, uintptr_t workspace) {
   const LinearKernel* kernel = entry(kLinear, index);
@@ -68,7 +71,9 @@ void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layo
   args.layout = pointer<const uint8_t>(layout);
   args.bias = pointer<const float>(bias);
   args.y = pointer<void>(y);
-  args.workspace = pointer<uint8_t>(workspace);
+  alignas(64) uint8_t stack[kStackWorkspace];
+  if (!workspace && linear_workspace_bytes(M, K) > kStackWorkspace) throw py::value_error("no workspace");
+  args.workspace = workspace ? pointer<uint8_t>(workspace) : stack;
   args.M = M;
   args.N = N;
   args.K = K;
@@ -101,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &kernels, "(op, variant, isa, index, supported) of every kernel in this build");
   m.def("isa_supported", [](const std::string& isa) { return isa_supported(isa.c_str()); });
   m.def("set_parallel_for", [](uintptr_t function) { set_parallel_for(reinterpret_cast<TorchParallelFor>(function)); });
+  m.attr("STACK_WORKSPACE") = kStackWorkspace;
   m.def("linear", &run_linear);
   m.def("linear_workspace_bytes", &linear_workspace_bytes);
   m.def("embedding", &run_embedding);

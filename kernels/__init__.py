@@ -1,1 +1,1 @@
-"""Triton kernels of pyengine. None yet: linear is issue 3 of the project, the rest follows."""
+"""Triton kernels. None yet; see README.md in this folder."""

@@ -1,16 +1,16 @@
 """pyengine: an inference engine for compressed neural networks in PyTorch.
 
-    import pyengine as pe
-    report = pe.quantize_(model, "w8a8")
-    pe.save(model, "model.safetensors")
-    model = pe.load("model.safetensors", make_model)
+import pyengine as pe
+report = pe.quantize_(model, "w8a8")
+pe.save(model, "model.safetensors")
+model = pe.load("model.safetensors", make_model)
 """
 
 try:
     from . import _C  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "the extension pyengine._C is not built. In a checkout: `pip install -e .`; if pyengine is installed, "
+        "the extension pyengine._C is not built. In a checkout: `pip install -e .`. If it is installed, "
         "Python finds the checkout's folder first: run from another directory"
     ) from error
 

@@ -18,7 +18,9 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Which codes are stored: a bitmap over blocks of (rows, columns), optionally with n kept of every m along K."""
+    """Which codes are stored: a bitmap over blocks of (rows, columns), optionally with n kept of every m
+    along K.
+    """
 
     block: tuple[int, int] = (1, 1)
     pattern: tuple[int, int] | None = None
@@ -26,9 +28,11 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How an (N, K) weight is stored: `value = scale * f(code)`, f by encoding, scales per channel or per group.
+    """How an (N, K) weight is stored: `value = scale * f(code)`, f by encoding, scales per channel or per
+    group.
 
-    encoding: int: code - 2**(bits-1). uint: code - zero. binary: 2*code - 1. ternary: code - 1. codebook: table[code].
+    encoding: int: code - 2**(bits-1). uint: code - zero. binary: 2*code - 1. ternary: code - 1.
+        codebook: table[code].
     group_size: codes along K that share a scale (the last group may be short); 0 means the whole row.
     zero_dtype: of the zero points of uint codes; None for every other encoding.
     """
@@ -55,7 +59,7 @@ class WeightFormat:
 
     @property
     def name(self) -> str:
-        """A name that parse_format() turns back into this format: int8, int4_g32, uint4_g128, int8_f16, ..."""
+        """A name that parse_format() turns back into this format: int8, int4_g32, uint4_g128, int8_f16."""
         parts = [self.encoding if self.encoding in ("binary", "ternary") else f"{self.encoding}{self.bits}"]
         if self.group_size:
             parts.append(f"g{self.group_size}")
@@ -64,7 +68,9 @@ class WeightFormat:
         if self.zero_dtype == "float32":
             parts.append("zf32")
         if self.sparsity is not None:
-            parts.append("sparse" if self.sparsity.pattern is None else "{}of{}".format(*self.sparsity.pattern))
+            parts.append(
+                "sparse" if self.sparsity.pattern is None else "{}of{}".format(*self.sparsity.pattern)
+            )
         return "_".join(parts)
 
     def groups(self, k: int) -> int:
@@ -83,7 +89,9 @@ class WeightFormat:
 
 
 def default_scale_dtype(group_size: int) -> str:
-    """float16 for groups, where scales are a tenth of the bytes; float32 per channel, where they are next to none."""
+    """float16 for groups, where scales are a tenth of the bytes; float32 per channel, where they are next to
+    none.
+    """
     return "float16" if group_size else "float32"
 
 
@@ -103,7 +111,7 @@ def parse_format(name: str) -> WeightFormat:
             bits=int(bits) if bits else 1 if binary else 2,
             group_size=group_size,
             scale_dtype={"f16": "float16", "f32": "float32", None: default_scale_dtype(group_size)}[scale],
-            zero_dtype=("float32" if zero else "uint8") if kind == "uint" else None,
+            zero_dtype="float32" if zero else "uint8" if kind == "uint" else None,
         )
     except ValueError as error:
         raise FormatError(f"weight format {name!r}: {error}") from None
@@ -112,8 +120,10 @@ def parse_format(name: str) -> WeightFormat:
 # The formats that the golden bytes in tests/golden freeze, and that the documentation lists.
 FORMATS = {
     name: parse_format(name)
-    for name in ("int8", "int8_g32", "int8_g128", "int4", "int4_g32", "int4_g128")
-    + ("uint8", "uint4", "uint4_g32", "uint4_g128", "int2_g32", "uint3_g32", "ternary", "binary_g32")
+    for name in (
+        *("int8", "int8_g32", "int8_g128", "int4", "int4_g32", "int4_g128", "int2_g32"),
+        *("uint8", "uint4", "uint4_g32", "uint4_g128", "uint3_g32", "ternary", "binary_g32"),
+    )
 }
 
 
@@ -144,7 +154,11 @@ class ActivationSpec:
     @property
     def name(self) -> str:
         """float, a8, a16, a8_static."""
-        return "float" if self.mode == "float" else f"a{self.bits}" + ("_static" if self.mode == "static" else "")
+        return (
+            "float"
+            if self.mode == "float"
+            else f"a{self.bits}" + ("_static" if self.mode == "static" else "")
+        )
 
 
 FLOAT = ActivationSpec()

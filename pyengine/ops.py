@@ -1,8 +1,8 @@
 """The door for tensors: check, allocate, select, run. And the same ops for torch.compile and torch.export.
 
-Each op has two ways in. Eager calls on plain tensors go straight to a kernel. Everything else (compilation, export,
-gradients, tensor subclasses) goes through torch.ops.pyengine.*, which names formats and layouts but no instruction
-set, so that an exported program runs on another machine.
+Each op has two ways in. Eager calls on plain tensors go straight to a kernel. Everything else (compilation,
+export, gradients, tensor subclasses) goes through torch.ops.pyengine.*, which names formats and layouts but
+no instruction set, so that an exported program runs on another machine.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def prepare(
 ) -> tuple[Prepared, Tensor]:
     """Choose a kernel and derive its layout.
 
-    kernel forces one by name, for tests and benchmarks. A fallback to the generic backend on a CPU is logged once
-    with the layer's name; under PYENGINE_STRICT=1 it raises NotImplementedError.
+    kernel forces one by name, for tests and benchmarks. A fallback to the generic backend on a CPU is logged
+    once with the layer's name; under PYENGINE_STRICT=1 it raises NotImplementedError.
     """
     device = weight.qdata.device if device is None else device
     problem = Problem(op, weight.format, input_spec, device.type)
@@ -59,27 +59,38 @@ def prepare(
     chosen = choose(candidates, problem)
     if chosen.fallback and kernel is None:
         where = f"{op} {name!r}" if name else op
-        message = f"{where}: no kernel for {weight.format.name} with {input_spec.name} activations on {device.type}"
+        message = (
+            f"{where}: no kernel for {weight.format.name} with {input_spec.name} activations on {device.type}"
+        )
         if os.environ.get("PYENGINE_STRICT") == "1":
             raise NotImplementedError(message)
         logger.warning("%s, each call dequantizes the weight", message)
     return Prepared(chosen, problem, weight.shape), chosen.layout.pack(weight.to(device))
 
 
-def _linear_error(x: Tensor, prepared: Prepared, activation: str | None, layout: Tensor, name: str) -> Exception:
+def _linear_error(
+    x: Tensor, prepared: Prepared, activation: str | None, layout: Tensor, name: str
+) -> Exception:
     where = f"linear {name!r}" if name else "linear"
     if x.dtype not in FLOAT_DTYPES:
         return TypeError(f"{where}: x is {x.dtype}, which is none of float32, bfloat16, float16")
     if x.device != layout.device:
         return TypeError(f"{where}: x is on {x.device}, weight is on {layout.device}")
     if not x.dim() or x.shape[-1] != prepared.shape[1]:
-        return ValueError(f"{where}: x has K={x.shape[-1] if x.dim() else 0}, weight has K={prepared.shape[1]}")
-    return ValueError(f"{where}: activation {activation!r} is none of {', '.join(map(str, cpu.ACTIVATION_CODES))}")
+        return ValueError(
+            f"{where}: x has K={x.shape[-1] if x.dim() else 0}, weight has K={prepared.shape[1]}"
+        )
+    return ValueError(
+        f"{where}: activation {activation!r} is none of {', '.join(map(str, cpu.ACTIVATION_CODES))}"
+    )
 
 
 _DTYPES = frozenset(FLOAT_DTYPES)
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
+# Whether torch.jit.trace is recording, which sees nothing of what a kernel does.
+_is_tracing = torch._C._is_tracing
 
 
 def linear_prepared(
@@ -92,14 +103,14 @@ def linear_prepared(
 ) -> Tensor:
     """pe.ops.linear on a prepared weight; name is the layer's, for error messages."""
     device_type = prepared.problem.device
-    if torch.is_autocast_enabled(device_type):
+    if _is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
     shape = x.shape
     if (
         x.dtype not in _DTYPES
         or not shape
         or shape[-1] != prepared.shape[1]
-        or x.device != layout.device
+        or x.is_cpu != layout.is_cpu
         or activation not in cpu.ACTIVATION_CODES
     ):
         raise _linear_error(x, prepared, activation, layout, name)
@@ -107,7 +118,7 @@ def linear_prepared(
         type(x) is not Tensor
         or _is_compiling()
         or (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        or torch.jit.is_tracing()
+        or _is_tracing()
     ):
         problem = prepared.problem
         out: Tensor = torch.ops.pyengine.linear(
@@ -119,14 +130,16 @@ def linear_prepared(
     return result
 
 
-def embedding_prepared(ids: Tensor, layout: Tensor, prepared: Prepared, dtype: torch.dtype, name: str = "") -> Tensor:
+def embedding_prepared(
+    ids: Tensor, layout: Tensor, prepared: Prepared, dtype: torch.dtype, name: str = ""
+) -> Tensor:
     """pe.ops.embedding on a prepared table."""
     where = f"embedding {name!r}" if name else "embedding"
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"{where}: indices are {ids.dtype}, not int64 or int32")
     if ids.device != layout.device:
         raise TypeError(f"{where}: indices are on {ids.device}, weight is on {layout.device}")
-    if type(ids) is not Tensor or _is_compiling() or torch.jit.is_tracing():
+    if type(ids) is not Tensor or _is_compiling() or _is_tracing():
         problem = prepared.problem
         out: Tensor = torch.ops.pyengine.embedding(
             ids, layout, *prepared.shape, problem.format.name, prepared.kernel.layout.name, dtype
@@ -145,21 +158,24 @@ def dequantize_prepared(layout: Tensor, prepared: Prepared, dtype: torch.dtype) 
 
 
 @functools.lru_cache(maxsize=4096)
-def _resolve(op: str, format_name: str, input_spec: str, layout: str, shape: tuple[int, int], device: str) -> Prepared:
+def _resolve(
+    op: str, format_name: str, input_spec: str, layout: str, shape: tuple[int, int], device: str
+) -> Prepared:
     """The kernel on this machine for a weight that lies in a layout of that name."""
     problem = Problem(op, parse_format(format_name), ACTIVATIONS[input_spec], device)
     return Prepared(choose([k for k in KERNELS if k.layout.name == layout], problem), problem, shape)
 
 
-# ---- the same for torch's dispatcher ---------------------------------------------------------------------------------
+# ---- the same for torch's dispatcher -------------------------------------------------------------
 
 _library = torch.library.Library("pyengine", "DEF")
 _library.define(
-    "linear(Tensor x, Tensor layout, Tensor? bias, SymInt n, SymInt k, str format, str input_spec, str layout_name, "
-    "str? activation) -> Tensor"
+    "linear(Tensor x, Tensor layout, Tensor? bias, SymInt n, SymInt k, str format, str input_spec, "
+    "str layout_name, str? activation) -> Tensor"
 )
 _library.define(
-    "embedding(Tensor ids, Tensor layout, SymInt n, SymInt k, str format, str layout_name, ScalarType dtype) -> Tensor"
+    "embedding(Tensor ids, Tensor layout, SymInt n, SymInt k, str format, str layout_name, "
+    "ScalarType dtype) -> Tensor"
 )
 _library.define(
     "dequantize(Tensor layout, SymInt n, SymInt k, str format, str layout_name, ScalarType dtype) -> Tensor"
@@ -167,8 +183,8 @@ _library.define(
 
 
 def _linear_impl(
-    x: Tensor, layout: Tensor, bias: Tensor | None, n: int, k: int, format: str, input_spec: str, layout_name: str,
-    activation: str | None,
+    x: Tensor, layout: Tensor, bias: Tensor | None, n: int, k: int, format: str, input_spec: str,
+    layout_name: str, activation: str | None,
 ) -> Tensor:  # fmt: skip
     prepared = _resolve("linear", format, input_spec, layout_name, (n, k), x.device.type)
     y: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
@@ -187,14 +203,18 @@ def _embedding_impl(
     return y
 
 
-def _embedding_fake(ids: Tensor, layout: Tensor, n: int, k: int, f: str, name: str, dtype: torch.dtype) -> Tensor:
+def _embedding_fake(
+    ids: Tensor, layout: Tensor, n: int, k: int, f: str, name: str, dtype: torch.dtype
+) -> Tensor:
     return layout.new_empty((*ids.shape, k), dtype=dtype)
 
 
 _LAYOUTS = {kernel.layout.name: kernel.layout for kernel in (*cpu.SUPPORTED, *KERNELS)}
 
 
-def _dequantize_impl(layout: Tensor, n: int, k: int, format: str, layout_name: str, dtype: torch.dtype) -> Tensor:
+def _dequantize_impl(
+    layout: Tensor, n: int, k: int, format: str, layout_name: str, dtype: torch.dtype
+) -> Tensor:
     return _LAYOUTS[layout_name].unpack(layout, parse_format(format), (n, k)).dequantize(dtype)
 
 
@@ -205,14 +225,18 @@ def _dequantize_fake(layout: Tensor, n: int, k: int, f: str, name: str, dtype: t
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, layout, bias, *_, activation = inputs
     if activation is not None:
-        raise NotImplementedError("pyengine::linear: no gradient through a fused activation; apply it after the layer")
+        raise NotImplementedError(
+            "pyengine::linear: no gradient through a fused activation; apply it after the layer"
+        )
     ctx.save_for_backward(layout)
     ctx.arguments = inputs[3:6], inputs[7], x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient of F.linear with the dequantized weight: the rounding of activations counts as the identity."""
+    """The gradient of F.linear with the dequantized weight: the rounding of activations counts as the
+    identity.
+    """
     (layout,) = ctx.saved_tensors
     (n, k, format), layout_name, dtype = ctx.arguments
     grad_x = grad_bias = None
@@ -230,10 +254,12 @@ for _name, _impl, _fake in (
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyengine::{_name}", _fake, lib=_library)
-torch.library.register_autograd("pyengine::linear", _linear_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "pyengine::linear", _linear_backward, setup_context=_setup_context, lib=_library
+)
 
 
-# ---- functions of packed weights -------------------------------------------------------------------------------------
+# ---- functions of packed weights -----------------------------------------------------------------
 
 
 def linear(
@@ -244,11 +270,12 @@ def linear(
     activation: str | None = None,
     input_spec: ActivationSpec | str = FLOAT,
 ) -> Tensor:
-    """y = activation(x @ weight.T + bias), x: (..., K) float32, bfloat16 or float16 -> y: (..., N) in x's dtype.
+    """y = activation(x @ weight.T + bias), x: (..., K) float32, bfloat16 or float16 -> y: (..., N) in x's
+    dtype.
 
-    weight: an (N, K) PackedWeight. bias: (N). activation: None, "relu", "gelu" (of erf) or "silu". input_spec: "float",
-    or "a8" to quantize each row of x to int8 first: y = activation((q_x @ q_w.T) * (scale_x * scale_w) + bias).
-    The layout is derived anew on each call; a layer (pe.nn.Linear) keeps it.
+    weight: an (N, K) PackedWeight. bias: (N). activation: None, "relu", "gelu" (of erf) or "silu".
+    input_spec: "float", or "a8" to quantize each row of x to int8 first: y = activation((q_x @ q_w.T) *
+    (scale_x * scale_w) + bias). The layout is derived anew on each call; a layer (pe.nn.Linear) keeps it.
 
     Raises TypeError (dtype, device), ValueError (size) and NotImplementedError (no kernel).
     """

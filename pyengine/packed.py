@@ -1,4 +1,4 @@
-"""PackedWeight: the canonical bytes of a weight, checked whenever one is built, and the rounding that makes them."""
+"""PackedWeight: the canonical bytes of a weight, checked when it is built, and the rounding behind them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     Eight codes fill `bits` bytes: they are put together in one 64-bit word, of which the low bytes are kept.
     """
     n, k = codes.shape
-    if bits == 8:
+    if bits == 8 or not k:
         return codes.contiguous()
     width = (k * bits + 7) // 8
     packed = torch.empty(n, width, dtype=torch.uint8, device=codes.device)
@@ -48,13 +48,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(qdata: Tensor, bits: int, k: int) -> Tensor:
     """Inverse of pack_codes: (N, ceil(k * bits / 8)) uint8 -> (N, k) uint8."""
     n = qdata.shape[0]
-    if bits == 8:
+    if bits == 8 or not k:
         return qdata
     codes = torch.empty(n, k, dtype=torch.uint8, device=qdata.device)
     shifts = _bit_shifts(bits, qdata.device)
     octets = -(-k // 8)
     for rows in _row_blocks(n, k):
-        block = torch.nn.functional.pad(qdata[rows], (0, octets * bits - qdata.shape[1])).view(-1, octets, bits)
+        block = torch.nn.functional.pad(qdata[rows], (0, octets * bits - qdata.shape[1])).view(
+            -1, octets, bits
+        )
         words = torch.nn.functional.pad(block, (0, 8 - bits)).contiguous().view(torch.int64)
         codes[rows] = ((words >> shifts) & (2**bits - 1)).to(torch.uint8).view(-1, octets * 8)[:, :k]
     return codes
@@ -68,9 +70,10 @@ def _spread(per_group: Tensor, format: WeightFormat, k: int) -> Tensor:
 class PackedWeight:
     """A quantized (N, K) weight in the bytes of the file.
 
-    qdata: uint8 (N, ceil(K * bits / 8)), see reference.pack_codes. scale: (N, groups) in the format's dtype, finite,
-    >= 0. zero: (N, groups), uint8 in the domain of the codes or float32; None unless the encoding is uint.
-    Raises FormatError if the tensors do not fit each other, and NotImplementedError for formats without code.
+    qdata: uint8 (N, ceil(K * bits / 8)), see reference.pack_codes. scale: (N, groups) in the format's dtype,
+    finite, >= 0. zero: (N, groups), uint8 in the domain of the codes or float32; None unless the encoding is
+    uint. Raises FormatError if the tensors do not fit each other, and NotImplementedError for formats without
+    code.
     """
 
     format: WeightFormat
@@ -90,7 +93,9 @@ class PackedWeight:
         if not bool((torch.isfinite(self.scale) & (self.scale >= 0)).all()):
             raise FormatError("scale has values that are negative or not finite")
         if (self.zero is None) != (self.format.zero_dtype is None):
-            raise FormatError(f"zero points are {'missing' if self.zero is None else 'not part of'} {self.format.name}")
+            raise FormatError(
+                f"zero points are {'missing' if self.zero is None else 'not part of'} {self.format.name}"
+            )
         if self.zero is not None and self.format.zero_dtype is not None:
             self._check("zero", self.zero, DTYPES[self.format.zero_dtype], (n, groups))
             top = 2**self.format.bits - 1
@@ -108,12 +113,16 @@ class PackedWeight:
         if tensor.dtype != dtype:
             raise FormatError(f"{what} is {tensor.dtype}, format {self.format.name} has {dtype}")
         if tuple(tensor.shape) != shape:
-            raise FormatError(f"{what} has shape {tuple(tensor.shape)}, {self.format.name} {self.shape} has {shape}")
+            raise FormatError(
+                f"{what} has shape {tuple(tensor.shape)}, {self.format.name} {self.shape} has {shape}"
+            )
         if not tensor.is_contiguous():
             raise FormatError(f"{what} is not contiguous")
 
     @classmethod
-    def trusted(cls, format: WeightFormat, shape: tuple[int, int], tensors: dict[str, Tensor]) -> PackedWeight:
+    def trusted(
+        cls, format: WeightFormat, shape: tuple[int, int], tensors: dict[str, Tensor]
+    ) -> PackedWeight:
         """Of tensors that come from a weight that was checked, without checking them again."""
         weight = object.__new__(cls)
         for name, value in {"format": format, "shape": shape, "zero": None, **tensors}.items():
@@ -201,8 +210,12 @@ def _grouped(w: Tensor, format: WeightFormat) -> Tensor:
 
 
 def _pair_scale(w: Tensor) -> Tensor:
-    octets = torch.nn.functional.pad(w.abs(), (0, -w.shape[1] % 8 or (0 if w.shape[1] else 8))).unflatten(1, (-1, 8))
-    sums = [((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES]
+    octets = torch.nn.functional.pad(w.abs(), (0, -w.shape[1] % 8 or (0 if w.shape[1] else 8))).unflatten(
+        1, (-1, 8)
+    )
+    sums = [
+        ((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES
+    ]
     return torch.maximum(*sums).amax(1, keepdim=True) / PAIR_TARGET
 
 

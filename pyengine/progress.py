@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str, progress: bool | None = None) -> Iterator[T]:
-    """Yields the items. progress: True shows a bar on stderr, False none, None one if stderr is a terminal."""
+    """Yields the items. progress: True shows a bar on stderr, False none, None one on a terminal."""
     if not (sys.stderr.isatty() if progress is None else progress):
         yield from items
         return

@@ -1,7 +1,7 @@
 """The executable spec, in NumPy: what stored bytes mean and what kernels compute. It serves tests only.
 
-A weight is a matrix of N rows (output channels) and K columns. For a convolution K = taps * (in_channels / groups)
-with the channel running fastest.
+A weight is a matrix of N rows (output channels) and K columns. For a convolution,
+K = taps * (in_channels / groups) with the channel running fastest.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .formats import WeightFormat
 
 Array = NDArray[Any]
 
-# |w0| + |w1| + |w4| + |w5| and |w2| + |w3| + |w6| + |w7| of every 8 codes: 258 * 127 = 32766 fits 16 bits. The
-# quantizer aims at 256, since rounding may add a half to each of the four.
+# |w0| + |w1| + |w4| + |w5| and |w2| + |w3| + |w6| + |w7| of every 8 codes: 258 * 127 = 32766 fits 16 bits.
+# The quantizer aims at 256, since rounding may add a half to each of the four.
 PAIR_LANES = ((0, 1, 4, 5), (2, 3, 6, 7))
 PAIR_LIMIT = 258
 PAIR_TARGET = 256
@@ -26,17 +26,17 @@ PAIR_MAX_GROWTH = 1.15
 def pack_codes(codes: Array, bits: int) -> Array:
     """(N, K) codes in [0, 2**bits) -> (N, ceil(K * bits / 8)) uint8.
 
-    Row n is a little-endian bitstream: code k takes bits [k * bits, (k + 1) * bits), bit 0 is the lowest bit of byte
-    0. The row is padded to a byte with zero bits.
+    Row n is a little-endian bitstream: code k takes bits [k * bits, (k + 1) * bits), bit 0 is the lowest bit
+    of byte 0. The row is padded to a byte with zero bits.
     """
     spread = np.unpackbits(codes.astype(np.uint8)[..., None], axis=-1, bitorder="little")[..., :bits]
-    return np.packbits(spread.reshape(codes.shape[0], -1), axis=-1, bitorder="little")
+    return np.asarray(np.packbits(spread.reshape(codes.shape[0], -1), axis=-1, bitorder="little"))
 
 
 def unpack_codes(qdata: Array, bits: int, k: int) -> Array:
     """Inverse of pack_codes: (N, ceil(k * bits / 8)) uint8 -> (N, k) uint8."""
     stream = np.unpackbits(qdata, axis=-1, bitorder="little")[:, : k * bits]
-    return np.packbits(stream.reshape(len(qdata), k, bits), axis=-1, bitorder="little")[..., 0]
+    return np.asarray(np.packbits(stream.reshape(len(qdata), k, bits), axis=-1, bitorder="little")[..., 0])
 
 
 def spread_groups(per_group: Array, format: WeightFormat, k: int) -> Array:
@@ -81,18 +81,22 @@ def pair_scale(w: Array) -> Array:
     padded = np.zeros((n, -(-max(k, 1) // 8) * 8), np.float32)
     padded[:, :k] = np.abs(w)
     octets = padded.reshape(n, -1, 8)
-    sums = [((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES]
+    sums = [
+        ((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES
+    ]
     return np.asarray(np.maximum(*sums).max(axis=1, keepdims=True) / np.float32(PAIR_TARGET))
 
 
-def quantize_weight(w: Array, format: WeightFormat, pair_sum: bool = False) -> tuple[Array, Array, Array | None]:
+def quantize_weight(
+    w: Array, format: WeightFormat, pair_sum: bool = False
+) -> tuple[Array, Array, Array | None]:
     """Round to nearest: float32 (N, K) -> codes uint8 (N, K), scale (N, groups), zero (N, groups) or None.
 
     int: scale = amax / (2**(bits-1) - 1), code = round(w / scale) + 2**(bits-1).
     uint: scale = (max - min) / (2**bits - 1) over the group and 0, zero = round(-min / scale),
-    code = round(w / scale) + zero. Halves round to even; w is divided by the scale as stored. A group whose scale is
-    0, or so small that 1 / scale overflows, has scale 0 and the codes of zero. Scales that float16 would lose
-    (overflow, or below its normal range) make the whole tensor float32: see stored_scale().
+    code = round(w / scale) + zero. Halves round to even; w is divided by the scale as stored. A group whose
+    scale is 0, or so small that 1 / scale overflows, has scale 0 and the codes of zero. Scales that float16
+    would lose (overflow, or below its normal range) make the whole tensor float32: see stored_scale().
     """
     format.require_dense()
     w = w.astype(np.float32)
@@ -102,7 +106,9 @@ def quantize_weight(w: Array, format: WeightFormat, pair_sum: bool = False) -> t
             scale = _grouped(np.abs(w), format, 0.0).max(axis=2) / np.float32(top)
             if pair_sum:
                 wanted = pair_scale(w)
-                scale = np.where(wanted <= scale * np.float32(PAIR_MAX_GROWTH), np.maximum(scale, wanted), scale)
+                scale = np.where(
+                    wanted <= scale * np.float32(PAIR_MAX_GROWTH), np.maximum(scale, wanted), scale
+                )
         elif format.encoding == "uint":
             low = np.minimum(_grouped(w, format, 0.0).min(axis=2), np.float32(0))
             high = np.maximum(_grouped(w, format, 0.0).max(axis=2), np.float32(0))
@@ -122,7 +128,7 @@ def quantize_weight(w: Array, format: WeightFormat, pair_sum: bool = False) -> t
 
 
 def stored_scale(scale: Array, format: WeightFormat) -> Array:
-    """float32 scales in the format's dtype, or all in float32 if float16 would overflow or leave its normal range."""
+    """Scales in the format's dtype, or all in float32 if float16 would overflow or become denormal."""
     if format.scale_dtype == "float32":
         return scale.astype(np.float32)
     half = scale.astype(np.float16)
@@ -133,8 +139,8 @@ def stored_scale(scale: Array, format: WeightFormat) -> Array:
 def quantize_rows(x: Array) -> tuple[Array, Array]:
     """The dynamic quantizer: float32 (M, K) -> int8 codes (M, K) in [-127, 127], float32 scale (M).
 
-    amax = max |x|; inv = 127 / amax with IEEE division; q = round-half-even(x * inv); scale = amax / 127. If inv is
-    not finite: scale 0 and codes 0. A NaN or an infinity in the row: scale NaN and codes 0.
+    amax = max |x|; inv = 127 / amax with IEEE division; q = round-half-even(x * inv); scale = amax / 127. If
+    inv is not finite: scale 0 and codes 0. A NaN or an infinity in the row: scale NaN and codes 0.
     """
     x = x.astype(np.float32)
     with np.errstate(all="ignore"):
@@ -143,12 +149,14 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
         usable = np.isfinite(inv) & np.isfinite(amax)
         q = np.rint(x * np.where(usable, inv, np.float32(0))[:, None])
         q = np.where(usable[:, None], np.clip(q, -127, 127), np.float32(0))
-        scale = np.where(usable, amax / np.float32(127), np.where(np.isfinite(amax), np.float32(0), np.float32(np.nan)))
+        scale = np.where(
+            usable, amax / np.float32(127), np.where(np.isfinite(amax), np.float32(0), np.float32(np.nan))
+        )
     return q.astype(np.int8), scale.astype(np.float32)
 
 
 def linear_int32(x_codes: Array, codes: Array, format: WeightFormat, zero: Array | None = None) -> Array:
-    """The exact sums that every integer kernel computes: int8 (M, K), codes (N, K) -> int64 (M, N, groups)."""
+    """The exact sums of every integer kernel: int8 (M, K), codes (N, K) -> int64 (M, N, groups)."""
     values = code_values(codes, zero, format)
     groups = [
         x_codes[:, k : k + (format.group_size or codes.shape[1])].astype(np.int64)
@@ -182,7 +190,7 @@ def linear(
     quantize_input: bool = False,
     activation: str | None = None,
 ) -> Array:
-    """y = activation(sum over groups of (q_x . q_w) * scale_x * scale_w + bias), in float64: (M, K) -> (M, N)."""
+    """y = activation(sum over groups of (q_x . q_w) * scale_x * scale_w + bias), in float64: (M, N)."""
     k = codes.shape[1]
     if quantize_input:
         q, scale_x = quantize_rows(x)

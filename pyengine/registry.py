@@ -24,7 +24,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kernel wants the weight: one uint8 tensor, derived from the canonical bytes and turned back into them.
+    """How a kernel wants the weight: one uint8 tensor, derived from the canonical bytes and back.
 
     pack(weight) -> layout. unpack(layout, format, (N, K)) -> weight.
     """
@@ -36,8 +36,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel. `run` of a linear kernel: (x, layout, bias, weight shape, problem, activation) -> y; of an embedding
-    kernel: (ids, layout, weight shape, problem, dtype) -> y. What it gets has been checked by ops.py."""
+    """One kernel. `run` of a linear kernel: (x, layout, bias, weight shape, problem, activation) -> y; of an
+    embedding kernel: (ids, layout, weight shape, problem, dtype) -> y. What it gets has been checked by
+    ops.py."""
 
     name: str
     op: str

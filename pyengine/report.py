@@ -76,7 +76,9 @@ class Report:
         console = Console(file=out, width=130)
         console.print(table)
         if self.left:
-            rest = Table(title=f"{len(self.left)} left as they were", title_justify="left", title_style="bold")
+            rest = Table(
+                title=f"{len(self.left)} left as they were", title_justify="left", title_style="bold"
+            )
             for header in ("layer", "type", "reason"):
                 rest.add_column(header, overflow="fold")
             for item in self.left:

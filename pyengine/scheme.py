@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from .formats import A8, FLOAT, ActivationSpec, WeightFormat, default_scale_dtype
 
-_SCHEME = re.compile(r"w(?P<bits>[1-8])(?:a(?P<act>8|16))?(?:_g(?P<group>[1-9]\d{0,5}))?(?P<asym>_asym)?(?P<static>_static)?")
+_SCHEME = re.compile(
+    r"w(?P<bits>[1-8])(?:a(?P<act>8|16))?(?:_g(?P<group>[1-9]\d{0,5}))?(?P<asym>_asym)?(?P<static>_static)?"
+)
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,12 @@ class Scheme:
     """Number formats of a layer's weight and activations.
 
     bits, group_size, symmetric: of the weight; group_size 0 is one scale per output channel.
-    activation_bits: 0 leaves activations float; 8 quantizes each row at run time; `static` takes calibrated scales.
-    scale_dtype: of the weight's scales; None is float16 for groups and float32 per channel.
-    pair_sum: enlarge a channel's scale by at most 1.15x where that lets kernels add two products in 16 bits
+    activation_bits: 0 leaves activations float; 8 quantizes each row at run time; `static` takes calibrated
+    scales. scale_dtype: of the weight's scales; None is float16 for groups and float32 per channel. pair_sum:
+    enlarge a channel's scale by at most 1.15x where that lets kernels add two products in 16 bits
         (formats with 8-bit weights and activations); None is on exactly there.
-    numerics: exact, or fast to admit kernels whose float error is larger than that of the integers themselves.
+    numerics: exact, or fast to admit kernels whose float error is larger than that of the integers
+    themselves.
     """
 
     bits: int = 8
@@ -35,7 +38,9 @@ class Scheme:
         if not 1 <= self.bits <= 8:
             raise ValueError(f"scheme: weights of {self.bits} bits; between 1 and 8 are possible")
         if self.activation_bits not in (0, 8, 16):
-            raise ValueError(f"scheme: activations of {self.activation_bits} bits; 0 (float), 8 or 16 are possible")
+            raise ValueError(
+                f"scheme: activations of {self.activation_bits} bits; 0 (float), 8 or 16 are possible"
+            )
         if self.static and not self.activation_bits:
             raise ValueError("scheme: static scales need integer activations, as in w8a8_static")
         if self.symmetric and self.bits == 1:
@@ -56,7 +61,9 @@ class Scheme:
         if not isinstance(text, str):
             raise TypeError(f"a scheme is a string or a pyengine.Scheme, not {type(text).__name__}")
         if text in ("wt", "wb") or re.fullmatch(r"wc[1-8]", text):
-            raise NotImplementedError(f"scheme {text}: ternary, binary and codebook weights are not implemented yet")
+            raise NotImplementedError(
+                f"scheme {text}: ternary, binary and codebook weights are not implemented yet"
+            )
         match = _SCHEME.fullmatch(text)
         if match is None:
             raise ValueError(f"scheme {text!r} is not of the form w<1-8>[a<8|16>][_g<group>][_asym][_static]")
@@ -99,4 +106,6 @@ class Scheme:
     @property
     def weight_only(self) -> Scheme:
         """The same weights with float activations: what an embedding gets."""
-        return Scheme(self.bits, 0, self.group_size, self.symmetric, scale_dtype=self.scale_dtype, pair_sum=False)
+        return Scheme(
+            self.bits, 0, self.group_size, self.symmetric, scale_dtype=self.scale_dtype, pair_sum=False
+        )

@@ -1,4 +1,4 @@
-"""Backends: each is a tuple of KernelSpec, the fastest first. KERNELS is all of them, the generic ones last."""
+"""Backends: each is a tuple of KernelSpec, the fastest first. KERNELS is all, the generic last."""
 
 from . import cpu, torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ ISAS = ("portable", "avx2")
 
 # As numbered in csrc/dtypes.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
+STACK_WORKSPACE = _C.STACK_WORKSPACE
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
@@ -40,15 +42,17 @@ ALLOWED_ISAS = _allowed_isas()
 
 
 def _share_torch_threads() -> None:
-    """Hands torch's own parallel_for to the kernels, by the address of the C function that libtorch_cpu exports."""
+    """Hands torch's own parallel_for, a C function that libtorch_cpu exports, to the kernels."""
     library = sorted(glob.glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.*")))
     try:
         function = ctypes.CDLL(library[0]).torch_parallel_for
     except (IndexError, OSError, AttributeError) as error:
-        logger.warning("this torch does not export torch_parallel_for, CPU kernels run on one thread: %s", error)
+        logger.warning(
+            "this torch does not export torch_parallel_for, CPU kernels run on one thread: %s", error
+        )
         return
     _C.set_parallel_for(ctypes.cast(function, ctypes.c_void_p).value or 0)
-    # A forked child inherits the memory of torch's pool but not its threads, and would wait for them for ever.
+    # A forked child inherits the memory of torch's pool but not its threads, and would wait for them.
     os.register_at_fork(after_in_child=lambda: _C.set_parallel_for(0))
 
 
@@ -98,21 +102,30 @@ def _linear(index: int) -> Callable[..., Tensor]:
     run, workspace_bytes = _C.linear, _C.linear_workspace_bytes
 
     def linear(
-        x: Tensor, layout: Tensor, bias: Tensor | None, shape: tuple[int, int], problem: Any, activation: str | None
+        x: Tensor,
+        layout: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        problem: Any,
+        activation: str | None,
     ) -> Tensor:
         n, k = shape
-        size = x.shape
-        y = x.new_empty((*size[:-1], n))
-        m = x.numel() // k if k else size[:-1].numel()
+        size = [*x.shape]
+        size[-1] = n
+        y = x.new_empty(size)
+        m = x.numel() // k if k else math.prod(size[:-1])
         if not x.is_contiguous():
             x = x.contiguous()
-        workspace = layout.new_empty(workspace_bytes(m, k))
+        # The binding has room for small workspaces on its stack: an allocation costs as much as a small kernel.
+        needed = workspace_bytes(m, k)
+        workspace = layout.new_empty(needed) if needed > STACK_WORKSPACE else None
         if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
             bias = bias.to(torch.float32).contiguous()
         code = DTYPE_CODES[x.dtype]
         run(
             index, x.data_ptr(), code, m, layout.data_ptr(), n, k, 0 if bias is None else bias.data_ptr(),
-            y.data_ptr(), code, ACTIVATION_CODES[activation], workspace.data_ptr(),
+            y.data_ptr(), code, ACTIVATION_CODES[activation],
+            0 if workspace is None else workspace.data_ptr(),
         )  # fmt: skip
         return y
 
@@ -132,7 +145,9 @@ def linear_int32(kernel: KernelSpec, x: Tensor, layout: Tensor, shape: tuple[int
 
 
 def _embedding(index: int) -> Callable[..., Tensor]:
-    def embedding(ids: Tensor, layout: Tensor, shape: tuple[int, int], problem: Any, dtype: torch.dtype) -> Tensor:
+    def embedding(
+        ids: Tensor, layout: Tensor, shape: tuple[int, int], problem: Any, dtype: torch.dtype
+    ) -> Tensor:
         n, k = shape
         wide = ids.to(torch.int64).contiguous()
         y = layout.new_empty((*ids.shape, k), dtype=dtype)
@@ -151,7 +166,7 @@ def _int8_per_channel(problem: Problem) -> bool:
     return format.encoding == "int" and format.bits == 8 and not format.group_size
 
 
-# By (op, variant in kernels.inc): the layout, the activations served, and what makes a Python function of an index.
+# By (op, variant in kernels.inc): the layout, the activations served, what makes a function of an index.
 _VARIANTS: dict[tuple[str, str], tuple[Layout, str, Callable[[int], Callable[..., Tensor]]]] = {
     ("linear", "int8"): (PANELS, "float", _linear),
     ("linear", "int8_a8"): (PANELS, "a8", _linear),

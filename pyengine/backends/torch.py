@@ -1,4 +1,4 @@
-"""The generic backend: dequantize, then torch's own operator. Every dense format, every device, no speed promised."""
+"""The generic backend: dequantize, then torch's own operator. Every dense format and device, not fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ..registry import KernelSpec, Layout, Problem
 ACTIVATIONS = {None: lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-def _sections(format: WeightFormat, shape: tuple[int, int]) -> dict[str, tuple[int, int, tuple[int, int], torch.dtype]]:
+def _sections(
+    format: WeightFormat, shape: tuple[int, int]
+) -> dict[str, tuple[int, int, tuple[int, int], torch.dtype]]:
     """Name -> (first byte, end, shape, dtype) of each canonical tensor in the layout, 64-byte aligned."""
     n, k = shape
     parts: dict[str, tuple[tuple[int, int], torch.dtype]] = {
@@ -48,14 +50,16 @@ def _views(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -> Pack
 
 
 def _unpack(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -> PackedWeight:
-    return PackedWeight(format, shape, **{name: t.clone() for name, t in _views(layout, format, shape).tensors().items()})
+    return PackedWeight(
+        format, shape, **{name: t.clone() for name, t in _views(layout, format, shape).tensors().items()}
+    )
 
 
 CANONICAL = Layout("canonical", _pack, _unpack)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The dynamic quantizer of reference.quantize_rows: (..., K) -> codes as float32 (..., K), scale (..., 1)."""
+    """As reference.quantize_rows: (..., K) -> codes as float32 (..., K), scale (..., 1)."""
     x = x.float()
     amax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
     inverse = 127.0 / amax
@@ -66,7 +70,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _linear(
-    x: Tensor, layout: Tensor, bias: Tensor | None, shape: tuple[int, int], problem: Problem, activation: str | None
+    x: Tensor,
+    layout: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    problem: Problem,
+    activation: str | None,
 ) -> Tensor:
     weight = _views(layout, problem.format, shape).dequantize(torch.float32)
     if problem.input_spec.mode == "float":
@@ -80,7 +89,9 @@ def _linear(
     return out.to(x.dtype)
 
 
-def _embedding(ids: Tensor, layout: Tensor, shape: tuple[int, int], problem: Problem, dtype: torch.dtype) -> Tensor:
+def _embedding(
+    ids: Tensor, layout: Tensor, shape: tuple[int, int], problem: Problem, dtype: torch.dtype
+) -> Tensor:
     weight = _views(layout, problem.format, shape)
     flat = ids.reshape(-1).long()
     if flat.numel() and flat.device.type != "meta" and not 0 <= int(flat.min()) <= int(flat.max()) < shape[0]:

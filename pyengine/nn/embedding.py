@@ -14,8 +14,8 @@ from .packed_module import PackedModule
 class Embedding(PackedModule):
     """y = weight[ids] on a packed table: ids (...) int64 or int32 -> y (..., K) in `dtype`.
 
-    weight: an (N, K) PackedWeight with a scale per row or group. padding_idx is kept for code that reads it; the row
-    behind it is stored like any other. Raises IndexError for an id outside [0, N).
+    weight: an (N, K) PackedWeight with a scale per row or group. padding_idx is kept for code that reads it;
+    the row behind it is stored like any other. Raises IndexError for an id outside [0, N).
     """
 
     op = "embedding"
@@ -60,4 +60,5 @@ class Embedding(PackedModule):
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, format={self.format.name}, kernel={self.kernel}"
+        size = f"{self.num_embeddings}, {self.embedding_dim}{padding}"
+        return f"{size}, format={self.format.name}, kernel={self.kernel}"

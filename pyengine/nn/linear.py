@@ -13,11 +13,13 @@ from .packed_module import PackedModule
 
 
 class Linear(PackedModule):
-    """y = x @ weight.T + bias on a packed weight: x (..., K) float32, bfloat16 or float16 -> y (..., N) in x's dtype.
+    """y = x @ weight.T + bias on a packed weight: x (..., K) float32, bfloat16 or float16 -> y (..., N) in
+    x's dtype.
 
-    weight: an (N, K) PackedWeight. bias: (N) or None; it takes part in autograd if its requires_grad is set, which it
-    is not at first. input_spec: what happens to x, see ActivationSpec. dtype: what `.weight` reports; it follows
-    .half() and the like. Gradients flow to x through the dequantized weight; the weight itself is not trainable.
+    weight: an (N, K) PackedWeight. bias: (N) or None; it takes part in autograd if its requires_grad is set,
+    which it is not at first. input_spec: what happens to x, see ActivationSpec. dtype: what `.weight`
+    reports; it follows .half() and the like. Gradients flow to x through the dequantized weight; the weight
+    itself is not trainable.
     """
 
     op = "linear"
@@ -35,7 +37,9 @@ class Linear(PackedModule):
     ) -> None:
         super().__init__(weight, input_spec=input_spec, dtype=dtype, name=name, kernel=kernel)
         if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"linear {name!r}: bias has shape {tuple(bias.shape)}, weight has N={weight.shape[0]}")
+            raise ValueError(
+                f"linear {name!r}: bias has shape {tuple(bias.shape)}, weight has N={weight.shape[0]}"
+            )
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
@@ -65,6 +69,7 @@ class Linear(PackedModule):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.format.name}, activations={self.input_spec.name}, kernel={self.kernel}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.format.name}, activations={self.input_spec.name}, "
+            f"kernel={self.kernel}"
         )

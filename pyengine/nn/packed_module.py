@@ -20,8 +20,8 @@ logger = logging.getLogger("pyengine")
 class PackedModule(nn.Module):
     """A module whose weight is one layout, in the non-persistent buffer `layout`.
 
-    The layout is derived from a PackedWeight when the module is built or moved to another device; state_dict() and
-    pickles hold the canonical bytes (qdata, scale, zero), never the layout.
+    The layout is derived from a PackedWeight when the module is built or moved to another device;
+    state_dict() and pickles hold the canonical bytes (qdata, scale, zero), never the layout.
     """
 
     op: ClassVar[str]
@@ -79,7 +79,7 @@ class PackedModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight (N, K), computed anew each time, so that code reaching into a layer keeps working."""
+        """The dequantized weight (N, K), computed anew each time, for code that reaches into a layer."""
         if not torch.compiler.is_compiling() and not self._reached:
             self._reached = True
             logger.info("%s %r: weight was read, which dequantizes it each time", self.op, self.name)
@@ -108,10 +108,12 @@ class PackedModule(nn.Module):
     ) -> None:  # fmt: skip
         names = ["qdata", "scale", *(["zero"] if self.format.zero_dtype else [])]
         tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        others = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
+        others = {
+            key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}
+        }
         super()._load_from_state_dict(
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )  # type: ignore[no-untyped-call]
+        )
         if len(tensors) < len(names):
             missing_keys.extend(prefix + name for name in names if name not in tensors)
             return
@@ -131,5 +133,5 @@ class PackedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         weight, input_spec = state["_prepared"]
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._set_weight(weight, input_spec)

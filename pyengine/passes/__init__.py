@@ -1,4 +1,4 @@
-"""Passes: functions from a model to a model. Each checks everything first, then changes, and returns a Report."""
+"""Passes: functions from a model to a model. Each checks first, then changes, and returns a Report."""
 
 from .compress import compress
 from .quantize import quantize_

@@ -29,15 +29,16 @@ def quantize_(
 ) -> Report:
     """Replace the Linear and Embedding layers of a model by packed ones, in place.
 
-    scheme: a string such as "w8a8", a Scheme, or a dict from name patterns to those or None (float), of which the
-    first that matches a layer holds. include, exclude: name patterns (glob, "re:...", or a predicate (module, name));
-    by default every layer is included. progress: True, False, or None for a bar on a terminal.
+    scheme: a string such as "w8a8", a Scheme, or a dict from name patterns to those or None (float), of which
+    the first that matches a layer holds. include, exclude: name patterns (glob, "re:...", or a predicate
+    (module, name)); by default every layer is included. progress: True, False, or None for a bar on a
+    terminal.
 
-    Each weight is rounded to the nearest code. Only exact torch types are replaced; the Report says what was left and
-    why. Either all layers are replaced or, on an exception or Ctrl-C, none.
+    Each weight is rounded to the nearest code. Only exact torch types are replaced; the Report says what was
+    left and why. Either all layers are replaced or, on an exception or Ctrl-C, none.
 
-    Raises ValueError for a pattern that matches no layer, for weights that are not finite (with the layer's name), and
-    for a model on the meta device; NotImplementedError for schemes without code.
+    Raises ValueError for a pattern that matches no layer, for weights that are not finite (with the layer's
+    name), and for a model on the meta device; NotImplementedError for schemes without code.
     """
     rules = _rules(scheme)
     included, excluded = as_list(include), as_list(exclude)
@@ -70,7 +71,9 @@ def _rules(scheme: Schemes) -> dict[Pattern, Scheme | None]:
 
 
 def _describe(rules: dict[Pattern, Scheme | None]) -> str:
-    names = {str(p) if isinstance(p, str) else "predicate": s.name if s else "float" for p, s in rules.items()}
+    names = {
+        str(p) if isinstance(p, str) else "predicate": s.name if s else "float" for p, s in rules.items()
+    }
     return names["*"] if list(names) == ["*"] else ", ".join(f"{p}: {s}" for p, s in names.items())
 
 

@@ -27,7 +27,9 @@ def as_list(patterns: Patterns | None) -> list[Pattern]:
 
 
 def matches(pattern: Pattern, module: nn.Module, name: str) -> bool:
-    """A glob pattern ("*" matches dots too), "re:" and a regular expression for the whole name, or a predicate."""
+    """A glob pattern ("*" matches dots too), "re:" and a regular expression for the whole name, or a
+    predicate.
+    """
     if callable(pattern):
         return bool(pattern(module, name))
     if pattern.startswith("re:"):
@@ -46,7 +48,8 @@ class Site:
 
 
 def survey(model: nn.Module) -> tuple[list[Site], list[Left]]:
-    """Every Linear and Embedding that can be replaced, and every other module with a matrix of its own, with why not.
+    """Every Linear and Embedding that can be replaced, and every other module with a matrix of its own, with
+    why not.
 
     Raises ValueError if the model is on the meta device, where there is nothing to read.
     """
@@ -77,11 +80,11 @@ def _has_matrix(module: nn.Module) -> bool:
     if nn.utils.parametrize.is_parametrized(module):
         return True
     parameters = module.parameters(recurse=False)
-    return any(nn.parameter.is_lazy(p) or p.dim() >= 2 for p in parameters)  # type: ignore[no-untyped-call]
+    return any(nn.parameter.is_lazy(p) or p.dim() >= 2 for p in parameters)
 
 
 def _address(parameter: Tensor) -> int:
-    lazy = nn.parameter.is_lazy(parameter)  # type: ignore[no-untyped-call]
+    lazy = nn.parameter.is_lazy(parameter)
     return id(parameter) if lazy or parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
@@ -105,7 +108,9 @@ def _reason(
         return "convolutions are not implemented yet"
     if kind not in (nn.Linear, nn.Embedding):
         base = next((b for b in (nn.Linear, nn.Embedding) if isinstance(module, b)), None)
-        return f"subclass of {base.__name__}: its forward may differ" if base else f"no packed {kind.__name__}"
+        return (
+            f"subclass of {base.__name__}: its forward may differ" if base else f"no packed {kind.__name__}"
+        )
     if not name:
         return "it is the whole model: use pe.nn.Linear.from_float or pe.nn.Embedding.from_float"
     if any(getattr(module, hooks) for hooks in _HOOKS):

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -16,18 +17,18 @@ uint32_t load_quad(const uint8_t* row, int64_t k, int64_t K) {
   return quad ^ kSignBits;
 }
 
+// Plain loops over fixed counts, which the compiler turns into vectors.
 bool is_paired(const int8_t* panel, int64_t depth) {
-  for (int64_t k = 0; k < depth; k += 8, panel += 8 * kPanel)
-    for (int64_t column = 0; column < kPanel; column++) {
-      const int8_t* low = panel + 4 * column;
-      const int8_t* high = low + 4 * kPanel;
-      const int first = std::abs(low[0]) + std::abs(low[1]) + std::abs(high[0]) + std::abs(high[1]);
-      const int second = std::abs(low[2]) + std::abs(low[3]) + std::abs(high[2]) + std::abs(high[3]);
-      if (first > 258 || second > 258) return false;
-      for (int i = 0; i < 4; i++)
-        if (low[i] == -128 || high[i] == -128) return false;
-    }
-  return true;
+  constexpr int kQuads = 4 * kPanel;  // bytes of 16 columns, 4 codes each
+  int largest = 0, smallest = 0;
+  for (int64_t k = 0; k < depth; k += 8, panel += 2 * kQuads) {
+    int16_t sum[kQuads];
+    for (int i = 0; i < kQuads; i++)
+      sum[i] = static_cast<int16_t>(std::abs(panel[i]) + std::abs(panel[i + kQuads]));
+    for (int i = 0; i < kQuads; i += 2) largest = std::max(largest, sum[i] + sum[i + 1]);
+    for (int i = 0; i < 2 * kQuads; i++) smallest = std::min<int>(smallest, panel[i]);
+  }
+  return largest <= 258 && smallest > -128;
 }
 
 }  // namespace

@@ -1,0 +1,107 @@
+"""Records as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+Record = dict[str, Any]
+
+# Columns that need more than 80 characters in all are left out below this width of the terminal.
+WIDE = 108
+
+
+def table(records: Sequence[Record], width: int) -> Table:
+    """One line per contender, one section per case, warm and cold caches side by side."""
+    about = records[0]["machine"]
+    title = (
+        f"pyengine bench linear: M x K x N, {about['isa']}, {about['threads']} thread(s), {about['cpu']}\n"
+        "us per call, median"
+        + (" and quartiles" if width >= WIDE else "")
+        + "; ratio: time of the fastest peer / time, above 1 is faster"
+    )
+    shown = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    columns = [column for column in COLUMNS if width >= column[2]]
+    shown.add_column("", no_wrap=True)
+    for header, _, _ in columns:
+        shown.add_column(header, justify="right", no_wrap=True)
+    for case, group in groupby(records, key=lambda record: record["case"]):
+        shown.add_section()
+        shown.add_row(Text(case, style="bold"))
+        by_name: dict[str, dict[str, Record]] = {}
+        for record in group:
+            by_name.setdefault(record["contender"], {})[record["cache"]] = record
+        for name, caches in by_name.items():
+            shown.add_row(Text(f"  {name}"), *(cell(caches) for _, cell, _ in columns))
+    return shown
+
+
+def problems(records: Iterable[Record]) -> list[str]:
+    """One line for each contender that got no speed."""
+    lines = (f"{r['case']} {r['contender']}: {r['check']}" for r in records if r["check"] != "ok")
+    return list(dict.fromkeys(lines))
+
+
+Cell = Callable[[dict[str, Record]], Text]
+
+
+def _time(cache: str) -> Cell:
+    def cell(caches: dict[str, Record]) -> Text:
+        record = caches[cache]
+        if record["median_s"] is None:
+            return Text("no speed", style="red")
+        return Text(f"{record['median_s'] * 1e6:.1f}")
+
+    return cell
+
+
+def _quartiles(cache: str) -> Cell:
+    def cell(caches: dict[str, Record]) -> Text:
+        q1, q3 = caches[cache]["q1_s"], caches[cache]["q3_s"]
+        return Text("" if q1 is None else f"{q1 * 1e6:.1f}-{q3 * 1e6:.1f}", style="dim")
+
+    return cell
+
+
+def _ratio(cache: str) -> Cell:
+    def cell(caches: dict[str, Record]) -> Text:
+        ratio, ours = caches[cache]["ratio"], caches[cache]["ours"]
+        if ratio is None:
+            return Text("-")
+        return Text(f"{ratio:.2f}x", style="" if not ours else "green" if ratio >= 1 else "red")
+
+    return cell
+
+
+def _number(cache: str, key: str, form: str) -> Cell:
+    def cell(caches: dict[str, Record]) -> Text:
+        value = caches[cache][key]
+        return Text("-" if value is None else format(value, form))
+
+    return cell
+
+
+# Header, cell, and the narrowest terminal that shows it.
+COLUMNS: tuple[tuple[str, Cell, int], ...] = (
+    ("warm us", _time("warm"), 0),
+    ("quartiles", _quartiles("warm"), WIDE),
+    ("ratio", _ratio("warm"), 0),
+    ("cold us", _time("cold"), 0),
+    ("quartiles", _quartiles("cold"), WIDE),
+    ("ratio", _ratio("cold"), 0),
+    ("GMAC/s", _number("warm", "gmacs", ".1f"), 0),
+    ("GB/s", _number("cold", "weight_gbs", ".1f"), 0),
+    ("error", _number("warm", "relative_error", ".1e"), 0),
+)
