@@ -22,6 +22,9 @@ Call = Callable[[], object]
 # The largest relative error that a peer of 8 bits may have: beyond it something else is wrong than rounding.
 INT8_LIMIT = 0.1
 
+# Weights of less than 32 KB would need more: they are as cold as this many copies make them.
+MAX_COPIES = 4096
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -83,7 +86,7 @@ def _kernel(name: str, layer: pe.nn.Linear, index: int, cold_bytes: int) -> Cont
 
 
 def _copies(size: int, cold_bytes: int) -> int:
-    return max(1, math.ceil(cold_bytes / size))
+    return max(1, min(math.ceil(cold_bytes / size), MAX_COPIES))
 
 
 def _replica(layer: pe.nn.Linear) -> pe.nn.Linear:
@@ -101,7 +104,7 @@ def _bind_kernel(
     y = x.new_full((m, n), math.nan)
     workspace = torch.empty(_C.linear_workspace_bytes(m, k), dtype=torch.uint8)
 
-    def call(layout: Tensor) -> Call:
+    def call(layout: Tensor) -> Any:
         run: Any = functools.partial(
             _C.linear, index, x.data_ptr(), code, m, layout.data_ptr(), n, k, bias.data_ptr(),
             y.data_ptr(), code, 0, workspace.data_ptr(),

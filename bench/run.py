@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -133,10 +134,11 @@ def _case(
             yield {**base, "contender": name, "ours": False, "check": reason, **_NO_SPEED, "machine": about}
 
 
-def _check(contender: Contender, x: Tensor, expected: Tensor) -> tuple[str, float]:
-    """ "ok" or what is wrong with the result, and its relative error."""
+def _check(contender: Contender, x: Tensor, expected: Tensor) -> tuple[str, float | None]:
+    """What is wrong with the result, or "ok"; and its relative error, None if that is no number."""
     y = contender.compute(x)
-    return contender.problem(x, y) or "ok", relative_error(y, expected)
+    error = relative_error(y, expected)
+    return contender.problem(x, y) or "ok", error if math.isfinite(error) else None
 
 
 _SPEED_KEYS = ("median_s", "q1_s", "q3_s", "rounds", "gmacs", "weight_gbs")

@@ -19,14 +19,14 @@ WIDE = 108
 def table(records: Sequence[Record], width: int) -> Table:
     """One line per contender, one section per case, warm and cold caches side by side."""
     about = records[0]["machine"]
+    threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
     title = (
-        f"pyengine bench linear: M x K x N, {about['isa']}, {about['threads']} thread(s), {about['cpu']}\n"
-        "us per call, median"
-        + (" and quartiles" if width >= WIDE else "")
-        + "; ratio: time of the fastest peer / time, above 1 is faster"
+        f"pyengine bench linear, {about['isa']}, {threads}, {about['cpu']}\n"
+        f"M x K x N; us per call, median{' and quartiles' if width >= WIDE else ''}; "
+        "ratio: above 1 is faster than the fastest peer"
     )
     shown = Table(
-        title=title,
+        title=Text(title),
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
@@ -93,15 +93,15 @@ def _number(cache: str, key: str, form: str) -> Cell:
     return cell
 
 
-# Header, cell, and the narrowest terminal that shows it.
+# Header, cell, and the narrowest terminal that shows it: what is measured warm, then what is measured cold.
 COLUMNS: tuple[tuple[str, Cell, int], ...] = (
     ("warm us", _time("warm"), 0),
     ("quartiles", _quartiles("warm"), WIDE),
     ("ratio", _ratio("warm"), 0),
+    ("GMAC/s", _number("warm", "gmacs", ".1f"), 0),
     ("cold us", _time("cold"), 0),
     ("quartiles", _quartiles("cold"), WIDE),
     ("ratio", _ratio("cold"), 0),
-    ("GMAC/s", _number("warm", "gmacs", ".1f"), 0),
     ("GB/s", _number("cold", "weight_gbs", ".1f"), 0),
     ("error", _number("warm", "relative_error", ".1e"), 0),
 )

@@ -1,4 +1,4 @@
-"""A safetensors file as untrusted bytes: header, checks, mapping and reads, all on one file descriptor.
+"""The safetensors file as bytes: writing it, and reading it as what it is, untrusted.
 
 The file is an 8-byte little-endian length, a JSON header of that length, and data. The header maps each
 tensor's name to its dtype, shape and [begin, end) in the data. Nothing is allocated on the word of the
@@ -7,23 +7,27 @@ header: sizes are compared with the file first. https://github.com/huggingface/s
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import mmap
 import os
+import secrets
 import stat
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from .formats import FormatError
 
-# A header of 16 MB describes a hundred thousand tensors; parsing takes about ten times its size in memory.
+# A header of 16 MB describes a hundred thousand tensors. A hostile one, all brackets, takes 21 times its size
+# while it is parsed.
 MAX_HEADER = 16 << 20
 
 DTYPES = {
@@ -33,22 +37,107 @@ DTYPES = {
     "BOOL": torch.bool, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+PathLike = str | os.PathLike[str]
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    view: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """CRC-32 of the tensors' bytes, one after the other, in hexadecimal."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(as_bytes(tensor), value)
+    return f"{value:08x}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in the file: [begin, end) are bytes from the start of the file."""
+    """A tensor of a file, from byte `begin` on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
-    end: int
+    begin: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.nbytes
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def write(
+    file: BinaryIO,
+    entries: Mapping[str, Entry],
+    metadata: dict[str, str],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write a whole file; where the entries begin is decided here. The tensors may come in any order and are
+    not kept, so that they need not all exist at once. Raises ValueError for a name and for a number of
+    tensors that a file cannot hold.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    begin, offsets = 0, {}
+    # Wide types first: then every tensor is aligned to its own, since the data begin at a multiple of 8.
+    for name, entry in sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        if name in header:
+            raise ValueError(f"a tensor cannot be named {name!r}")
+        offsets[name], end = begin, begin + entry.nbytes
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"{len(entries)} tensors make a header of {len(text)} bytes, above {MAX_HEADER}")
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name, tensor in tensors:
+        file.seek(8 + len(text) + offsets[name])
+        file.write(as_bytes(tensor))
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[BinaryIO]:
+    """A new file that takes the place and the permissions of the one at path when the block ends, and is
+    removed if the block raises. Where path is a link, what it points to is replaced.
+    """
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "No such directory", folder)
+    mode = os.stat(target).st_mode if os.path.exists(target) else None
+    if mode is not None and not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", target)
+    temporary = os.path.join(folder, f".pyengine-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            if mode is not None:
+                os.chmod(temporary, stat.S_IMODE(mode))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 class Container:
     """An open file whose header has been checked. Tensors may be used after close()."""
 
-    def __init__(self, path: str | os.PathLike[str], *, mapped: bool = True) -> None:
+    def __init__(self, path: PathLike, *, mapped: bool = True) -> None:
         self._map: mmap.mmap | None = None
         # O_NONBLOCK: opening a named pipe must not wait for a writer.
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -80,68 +169,68 @@ class Container:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _bytes(self, entry: Entry) -> Tensor:
-        """The tensor's bytes: on the mapping, or read into memory of its own."""
-        count = entry.end - entry.begin
-        if count == 0:
-            return torch.empty(0, dtype=torch.uint8, device="cpu")
-        if self._map is not None:
-            return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=entry.begin)
-        data = torch.empty(count, dtype=torch.uint8, device="cpu")
-        target, done = data.numpy().data, 0
-        while done < count:
-            got = os.preadv(self._fd, [target[done:]], entry.begin + done)
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own: what is checked in it stays as it was checked.
+
+        The memory goes back to the system with the tensor. malloc would keep it, in holes between what lives
+        longer.
+        """
+        nbytes = self.entries[name].nbytes
+        if nbytes < mmap.PAGESIZE:
+            return self._read_into(name, torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return self._read_into(name, torch.frombuffer(pages, dtype=torch.uint8))
+
+    def _read_into(self, name: str, data: Tensor) -> Tensor:
+        target, done, begin = as_bytes(data), 0, self.entries[name].begin
+        while done < len(target):
+            got = os.preadv(self._fd, [target[done:]], begin + done)
             if got == 0:
                 raise FormatError("the file was truncated while it was read")
             done += got
-        return data
+        return _typed(name, self.entries[name], data)
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor of that name. On a mapped file it shares the mapping, unless it is not aligned there."""
+    def map(self, name: str) -> Tensor:
+        """The tensor on the mapping; in memory where the file is not mapped or the tensor not aligned."""
         entry = self.entries[name]
-        data = self._bytes(entry)
-        if entry.begin % entry.dtype.itemsize:
-            data = data.clone()
-        return data.view(entry.dtype).view(entry.shape)
+        if self._map is None or not entry.nbytes or entry.begin % entry.dtype.itemsize:
+            return self._read_into(name, torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu"))
+        data = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin)
+        return _typed(name, entry, data)
 
-    def checksum(self, names: Iterable[str]) -> str:
-        """CRC-32 of the named tensors' bytes, one after the other, in hexadecimal."""
-        value = 0
-        for name in names:
-            value = zlib.crc32(self._bytes(self.entries[name]).numpy().data, value)
-        return f"{value:08x}"
 
-    def release(self, names: Iterable[str]) -> None:
-        """Give back the memory of mapped tensors that are no longer used."""
-        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        for name in names:
-            entry = self.entries[name]
-            # Whole pages only: those at the edges may belong to a neighbour that is in use.
-            begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
-            if end > begin:
-                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+def _typed(name: str, entry: Entry, data: Tensor) -> Tensor:
+    if entry.dtype == torch.bool and bool((data > 1).any()):
+        raise FormatError(f"tensor {name!r} has bool values that are neither 0 nor 1")
+    return data.view(entry.dtype).view(entry.shape)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        raise FormatError("the header names a key twice")
+        raise ValueError("a key stands there twice")
     return result
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def parse_json(text: bytes | str, what: str) -> dict[str, Any]:
-    """A JSON object with unique keys; FormatError for anything else, however deep or long."""
+    """A JSON object in UTF-8 with unique keys; FormatError for anything else, however deep or long."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except FormatError:
-        raise
+        text = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{what} is not JSON: {str(error)[:120]}") from None
+        raise FormatError(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise FormatError(f"{what} is not a JSON object")
     return value
+
+
+def is_size(value: Any, limit: int = 1 << 63) -> bool:
+    """Whether a value out of JSON is a whole number in [0, limit)."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
 def _read_header(fd: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -173,22 +262,23 @@ def _read_header(fd: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _entry(name: str, value: Any, data: int) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"tensor {name!r}: the entry is not dtype, shape and data_offsets")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise FormatError(f"tensor {name!r}: dtype {str(kind)[:40]!r} is unknown")
-    if not isinstance(shape, list) or len(shape) > 64 or not all(map(_whole, shape)):
-        raise FormatError(f"tensor {name!r}: shape is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
+        shown = repr(kind) if isinstance(kind, str) else f"of type {type(kind).__name__}"
+        raise FormatError(f"tensor {name!r}: dtype {shown} is unknown")
+    if not isinstance(shape, list) or len(shape) > 64 or not all(map(is_size, shape)):
+        raise FormatError(f"tensor {name!r}: shape is not a list of up to 64 sizes")
+    if not is_size(math.prod(max(size, 1) for size in shape) * DTYPES[kind].itemsize):
+        raise FormatError(f"tensor {name!r}: shape is too large for any memory")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
         raise FormatError(f"tensor {name!r}: data_offsets are not two sizes")
-    begin, end = offsets
-    wanted = math.prod(shape) * DTYPES[kind].itemsize
-    if end - begin != wanted:
-        raise FormatError(f"tensor {name!r}: shape and dtype make {wanted} bytes, data_offsets {end - begin}")
-    return Entry(DTYPES[kind], tuple(shape), data + begin, data + end)
+    entry = Entry(DTYPES[kind], tuple(shape), data + offsets[0])
+    if data + offsets[1] != entry.end:
+        raise FormatError(
+            f"tensor {name!r}: shape and dtype make {entry.nbytes} bytes, "
+            f"data_offsets {offsets[1] - offsets[0]}"
+        )
+    return entry

@@ -16,17 +16,20 @@ import torch
 
 from . import _C
 from ._version import __version__
-from .backends import cpu
+from .backends import KERNELS, cpu
+from .formats import ACTIVATIONS, FLOAT, FORMATS
+from .registry import Problem, choose
 
 # Packages whose version is told if they are installed.
 PACKAGES = ("safetensors", "rich", "triton", "transformers", "sentence-transformers", "matplotlib")
 
 # What inference kernels of this field are written for; the names are those of /proc/cpuinfo.
 CPU_FLAGS = (
-    "sse4_1 avx f16c fma avx2 avx_vnni avx_vnni_int8 "
-    "avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 "
-    "asimd asimddp i8mm bf16 sve sve2 sme"
-).split()
+    *("sse4_1", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx_vnni_int8"),
+    *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -129,3 +132,41 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def kernels() -> list[dict[str, Any]]:
+    """Every kernel in the build and the generic ones: op, name, layout, isa, supported (by this processor).
+
+    chosen_for: the formats of formats.FORMATS, with the activations, that the kernel runs here.
+    """
+    # A kernel's layout does not depend on the ISA, and the portable kernels run everywhere.
+    layouts = {_variant(kernel.name, kernel.isa): kernel.layout.name for kernel in cpu.SUPPORTED}
+    rows = [(op, f"{op}_{variant}_{isa}", isa, supported) for op, variant, isa, _, supported in _C.kernels()]
+    rows += [(kernel.op, kernel.name, kernel.isa, True) for kernel in KERNELS if kernel.fallback]
+    chosen = _chosen()
+    return [
+        {
+            "op": op,
+            "name": name,
+            "layout": layouts.get(_variant(name, isa), "canonical"),
+            "isa": isa,
+            "supported": supported,
+            "chosen_for": chosen.get(name, []),
+        }
+        for op, name, isa, supported in rows
+    ]
+
+
+def _variant(name: str, isa: str) -> str:
+    return name.removesuffix(f"_{isa}")
+
+
+def _chosen() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for op in dict.fromkeys(kernel.op for kernel in KERNELS):
+        for format in FORMATS.values():
+            # An embedding has indices, no activations.
+            for spec in (FLOAT,) if op == "embedding" else ACTIVATIONS.values():
+                name = choose(KERNELS, Problem(op, format, spec, "cpu")).name
+                found.setdefault(name, []).append(f"{format.name} {spec.name}")
+    return found

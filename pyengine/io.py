@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import secrets
-import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._version import __version__
-from .container import Container
-from .formats import FORMAT_VERSION, FormatError
-from .manifest import FLOAT_LAYERS, LAYER_DTYPES, LayerEntry, Manifest, need, read_manifest
+from .container import DTYPES, Container, Entry, PathLike, checksum, replacing, write
+from .formats import FormatError
+from .manifest import (
+    FLOAT_LAYERS,
+    LAYER_DTYPES,
+    LayerEntry,
+    Manifest,
+    dtype_name,
+    need,
+    read_manifest,
+    write_manifest,
+)
 from .nn import Embedding, Linear
 from .nn.packed_module import PackedModule
 from .packed import PackedWeight
 
 logger = logging.getLogger("pyengine")
 
-LAYER_TENSORS = ("qdata", "scale", "zero", "bias")
-PathLike = str | os.PathLike[str]
+# What a file says may be as long as the file; a message is not.
+MAX_MESSAGE = 400
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of the module itself."""
+    both = {**module._parameters, **module._buffers}
+    return {key: tensor for key, tensor in both.items() if tensor is not None}
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -37,182 +54,199 @@ def save(model: nn.Module, path: PathLike) -> None:
 
     Buffers that a state_dict leaves out are included. The file appears whole or not at all: it is written
     beside the target and renamed over it, so that saving onto the file that the model was mapped from works
-    too.
+    too. Packed layers are unpacked one by one.
 
-    Raises TypeError if the state holds something that is not a tensor, ValueError for tensors on the meta
-    device.
+    Raises TypeError for state that is not a dense tensor, ValueError for tensors on the meta device and for a
+    model that is itself a packed layer.
     """
-    tensors, manifest = _collect(model)
-    _write_atomically(os.path.realpath(path), tensors, json.dumps(manifest, separators=(",", ":")))
+    layers, aliases = _packed_layers(model)
+    rest, volatile = _float_tensors(model, aliases)
+    entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in rest.items()}
+    described: dict[str, LayerEntry] = {}
+    for name, layer in layers.items():
+        tensors = _layer_tensors(name, layer)
+        entries.update({part: Entry(tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()})
+        described[name] = _layer_entry(layer, checksum(tensors.values()))
+    metadata = write_manifest(
+        described,
+        recipe=list(model.__dict__.get("pyengine_recipe", ())),
+        rest=checksum(_plain(rest[name]) for name in sorted(rest)),
+        aliases=aliases,
+        volatile=volatile,
+    )
+    with replacing(path) as file:
+        write(file, entries, metadata, _content(layers, rest))
 
 
-def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _packed_layers(model: nn.Module) -> tuple[dict[str, PackedModule], dict[str, str]]:
+    """The packed layers by their first names, and their further names."""
     layers: dict[str, PackedModule] = {}
-    first_name: dict[int, str] = {}
     aliases: dict[str, str] = {}
+    first_name: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedModule):
-            if id(module) in first_name:
-                aliases[name] = first_name[id(module)]
-            else:
-                first_name[id(module)] = name
+            if not name:
+                raise ValueError(
+                    "the model is itself a packed layer: put it in a module, such as nn.Sequential"
+                )
+            first = first_name.setdefault(id(module), name)
+            if first == name:
                 layers[name] = module
+            else:
+                aliases[name] = first
+    return layers, aliases
 
-    skip = tuple(_join(name, "") for name in aliases)
-    state = {
-        name: value for name, value in model.state_dict().items() if not name.startswith(skip or ("\0",))
-    }
-    volatile = [name for name in _volatile_buffers(model) if name not in state]
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    state.update({name: buffers[name] for name in volatile})
 
+def _float_tensors(model: nn.Module, aliases: dict[str, str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Every parameter and buffer outside of packed layers, and the names of the non-persistent buffers.
+
+    A tensor that is another one under a further name is added to the aliases instead. Tensors that share
+    memory in part (views of one another) are stored apart.
+    """
     tensors: dict[str, Tensor] = {}
-    seen: dict[tuple[int, torch.Size, tuple[int, ...], torch.dtype], str] = {}
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"state {name!r} is a {type(value).__name__}, not a tensor, and cannot be saved")
-        if value.is_meta:
-            raise ValueError(f"tensor {name!r} is on the meta device: it has no values to save")
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if value.numel() and key in seen:
-            aliases[name] = seen[key]
+    volatile: list[str] = []
+    first_name: dict[tuple[Any, ...], str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedModule):
             continue
-        seen[key] = name
-        tensors[name] = value.detach().cpu().contiguous()
-    owned = {_join(name, part) for name in layers for part in LAYER_TENSORS}
-    manifest = {
-        "version": list(FORMAT_VERSION),
-        "library": __version__,
-        "recipe": list(model.__dict__.get("pyengine_recipe", ())),
-        "layers": {name: _describe_layer(name, layer, tensors) for name, layer in layers.items()},
-        "rest": _crc(tensors[name] for name in sorted(tensors) if name not in owned),
-        "aliases": aliases,
-        "volatile": volatile,
-        "edits": [],
-    }
-    # Tensors that share memory in part (views of one another) are stored apart.
-    return {name: _own_memory(tensor) for name, tensor in tensors.items()}, manifest
+        own = _own_tensors(module)
+        state: dict[str, Any] = {}
+        module._save_to_state_dict(state, "", keep_vars=True)
+        for key in state.keys() - own.keys():
+            raise TypeError(
+                f"state {_join(prefix, key)!r} is neither a parameter nor a buffer and cannot be saved"
+            )
+        for key, tensor in own.items():
+            name = _join(prefix, key)
+            _check_storable(name, tensor)
+            if key in module._non_persistent_buffers_set:
+                volatile.append(name)
+            first = first_name.setdefault(_identity(tensor), name)
+            if first == name:
+                tensors[name] = tensor
+            else:
+                aliases[name] = first
+    return tensors, volatile
 
 
-def _own_memory(tensor: Tensor) -> Tensor:
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole else tensor.clone()
+def _check_storable(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        kind = type(tensor).__name__ if tensor.layout == torch.strided else str(tensor.layout)
+        raise TypeError(f"tensor {name!r} is a {kind}, not a dense tensor, and cannot be saved")
+    if tensor.dtype not in DTYPES.values():
+        raise TypeError(f"tensor {name!r} is {tensor.dtype}, which a file cannot hold")
+    if tensor.is_meta:
+        raise ValueError(f"tensor {name!r} is on the meta device: it has no values to save")
 
 
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same view of the same memory."""
+    place = tensor.data_ptr() if tensor.numel() else id(tensor)
+    kind = tensor.device, tensor.dtype, tensor.is_conj(), tensor.is_neg()
+    return place, tensor.shape, tensor.stride(), *kind
 
 
-def _volatile_buffers(model: nn.Module) -> Iterator[str]:
-    """Names of the non-persistent buffers, but for the layouts of packed layers."""
-    for prefix, module in model.named_modules():
-        for name in module._non_persistent_buffers_set:
-            if module._buffers[name] is not None and not isinstance(module, PackedModule):
-                yield _join(prefix, name)
+def _plain(tensor: Tensor) -> Tensor:
+    """Contiguous, on the CPU; a copy only where it has to be one."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
-def _describe_layer(name: str, layer: PackedModule, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    parts = [_join(name, part) for part in LAYER_TENSORS if _join(name, part) in tensors]
-    entry: dict[str, Any] = {
-        "op": layer.op,
-        "format": layer.format.name,
-        "input": layer.input_spec.name,
-        "shape": list(layer.prepared.shape),
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "crc32": _crc(tensors[part] for part in parts),
-    }
-    if isinstance(layer, Embedding) and layer.padding_idx is not None:
-        entry["padding_idx"] = layer.padding_idx
-    return entry
+def _layer_tensors(name: str, layer: PackedModule) -> dict[str, Tensor]:
+    """A packed layer's tensors as the file has them, in the order of the checksum."""
+    bias = layer._parameters.get("bias")
+    tensors = {**layer.packed().tensors(), **({} if bias is None else {"bias": bias})}
+    for part, tensor in tensors.items():
+        _check_storable(_join(name, part), tensor)
+    return {_join(name, part): _plain(tensor) for part, tensor in tensors.items()}
 
 
-def _crc(tensors: Iterator[Tensor]) -> str:
-    value = 0
-    for tensor in tensors:
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+def _content(layers: dict[str, PackedModule], rest: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in layers.items():
+        yield from _layer_tensors(name, layer).items()
+    for name, tensor in rest.items():
+        yield name, _plain(tensor)
 
 
-def _write_atomically(target: str, tensors: dict[str, Tensor], manifest: str) -> None:
-    from safetensors.torch import save_file
-
-    temporary = f"{target}.{secrets.token_hex(6)}.tmp"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt", "pyengine": manifest})
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+def _layer_entry(layer: PackedModule, crc32: str) -> LayerEntry:
+    return LayerEntry(
+        op=layer.op,
+        format=layer.format,
+        input_spec=layer.input_spec,
+        shape=layer.prepared.shape,
+        dtype=layer.dtype,
+        crc32=crc32,
+        padding_idx=layer.padding_idx if isinstance(layer, Embedding) else None,
+    )
 
 
 # ---- what is in a file ---------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _opened(path: PathLike, *, mapped: bool) -> Iterator[tuple[Container, Manifest]]:
+    """The file and its manifest, both checked; every FormatError in the block gets the path."""
+    try:
+        with Container(path, mapped=mapped) as file:
+            yield file, read_manifest(file.metadata)
+    except FormatError as error:
+        problem = str(error)
+        if len(problem) > MAX_MESSAGE:
+            problem = f"{problem[: MAX_MESSAGE // 2]} ... {problem[-MAX_MESSAGE // 2 :]}"
+        raise FormatError(f"{os.fspath(path)!r}: {problem}") from None
+
+
+def _has_bias(file: Container, name: str, entry: LayerEntry) -> bool:
+    return entry.op == "linear" and _join(name, "bias") in file.entries
+
+
 def _layer_parts(file: Container, name: str, entry: LayerEntry) -> list[str]:
-    """The names of a layer's tensors, in the order of the checksum; each is there, and no more than the
-    format has.
-    """
+    """The names of a layer's tensors, in the order of the checksum; each is there."""
     wanted = ["qdata", "scale", *(["zero"] if entry.format.zero_dtype else [])]
     for part in wanted:
         need(_join(name, part) in file.entries, f"layer {name!r}: tensor {_join(name, part)!r} is missing")
-    if entry.op == "linear" and _join(name, "bias") in file.entries:
-        wanted.append("bias")
-    return [_join(name, part) for part in wanted]
+    return [_join(name, part) for part in (*wanted, *(["bias"] if _has_bias(file, name, entry) else []))]
 
 
 def _rest_names(file: Container, manifest: Manifest) -> list[str]:
+    """The names of the tensors outside of packed layers, in the order of the checksum."""
     owned = {part for name, entry in manifest.layers.items() for part in _layer_parts(file, name, entry)}
-    return [name for name in sorted(file.entries) if name not in owned]
+    return sorted(file.entries.keys() - owned)
 
 
 def describe(path: PathLike) -> dict[str, Any]:
     """What is in a file, without a model: versions, recipe, layers (name, op, format, activations, shape,
     dtype, bytes, intact), other tensors and their bytes, total bytes, and whether every checksum holds.
     Raises FormatError."""
-    with Container(path) as file:
-        manifest = read_manifest(file.metadata)
+    with _opened(path, mapped=True) as (file, manifest):
 
-        def size(names: list[str]) -> int:
-            return sum(file.entries[name].end - file.entries[name].begin for name in names)
+        def summary(names: list[str], crc32: str) -> dict[str, Any]:
+            size = sum(file.entries[name].nbytes for name in names)
+            intact = checksum(file.map(name) for name in names) == crc32
+            return {"bytes": size, "crc32": crc32, "intact": intact}
 
-        layers = []
-        for name, entry in manifest.layers.items():
-            parts = _layer_parts(file, name, entry)
-            layers.append(
-                {
-                    "name": name,
-                    "op": entry.op,
-                    "format": entry.format.name,
-                    "activations": entry.input_spec.name,
-                    "shape": list(entry.shape),
-                    "dtype": str(entry.dtype).removeprefix("torch."),
-                    "bytes": size(parts),
-                    "crc32": entry.crc32,
-                    "intact": file.checksum(parts) == entry.crc32,
-                }
-            )
-        rest = _rest_names(file, manifest)
-        rest_intact = file.checksum(rest) == manifest.rest
+        layers = [
+            {
+                "name": name,
+                "op": entry.op,
+                "format": entry.format.name,
+                "activations": entry.input_spec.name,
+                "shape": list(entry.shape),
+                "dtype": dtype_name(entry.dtype),
+                **summary(_layer_parts(file, name, entry), entry.crc32),
+            }
+            for name, entry in manifest.layers.items()
+        ]
+        names = _rest_names(file, manifest)
+        rest = {"tensors": len(names), **summary(names, manifest.rest)}
         return {
             "version": list(manifest.version),
             "library": manifest.library,
             "recipe": manifest.recipe,
             "layers": layers,
             "aliases": manifest.aliases,
-            "rest": {
-                "tensors": len(rest),
-                "bytes": size(rest),
-                "crc32": manifest.rest,
-                "intact": rest_intact,
-            },
+            "rest": rest,
             "bytes": file.size,
-            "intact": rest_intact and all(layer["intact"] for layer in layers),
+            "intact": rest["intact"] and all(layer["intact"] for layer in layers),
         }
 
 
@@ -231,32 +265,34 @@ def load(
     model_or_factory: a float or packed model of the same architecture, which is filled and returned; or a
     function that makes one: it is called under the meta device, so that the float weights are never
     allocated, and the result is returned in eval mode. mmap: tensors that stay float lie on the mapped file,
-    paged in when used (do not truncate the file under them); False reads them into memory. Packed layers are
-    derived one by one, each source released.
+    paged in when used (do not truncate or overwrite the file under them; save() does not); False reads them
+    into memory. Packed layers are read and derived one by one.
 
     The file is checked before anything is allocated or changed. Raises FormatError with the name of the layer
     and what is wrong, and leaves a given model as it was.
     """
     device = torch.device(device)
-    try:
-        with Container(path, mapped=mmap) as file:
-            manifest = read_manifest(file.metadata)
-            if isinstance(model_or_factory, nn.Module):
-                _fill(model_or_factory, file, manifest, device)
-                return model_or_factory
-            model = _build_on_meta(model_or_factory)
-            if model is not None:
-                _fill(model, file, manifest, device)
-                if not _stray_meta(model):
-                    return model.eval()
-                logger.info(
-                    "the model keeps tensors outside of parameters and buffers: it is built again in memory"
-                )
-            model = model_or_factory()
-            _fill(model, file, manifest, device)
-            return model.eval()
-    except FormatError as error:
-        raise FormatError(f"{os.fspath(path)!r}: {error}") from None
+    # A tensor made in inference mode could never take part in training.
+    with torch.inference_mode(False), _opened(path, mapped=mmap) as (file, manifest):
+        if isinstance(model_or_factory, nn.Module):
+            _fill(model_or_factory, file, manifest, device)
+            return model_or_factory
+        model = _build_on_meta(model_or_factory)
+        if model is not None:
+            _fill(model, file, manifest, device, complete=False)
+            if not _holds_meta(model):
+                return model.eval()
+            logger.info("the model keeps tensors that are not in the file: it is built again in memory")
+            del model
+        model = _as_module(model_or_factory())
+        _fill(model, file, manifest, device)
+        return model.eval()
+
+
+def _as_module(made: Any) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"the factory made a {type(made).__name__}, not a torch.nn.Module")
+    return made
 
 
 def _build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module | None:
@@ -266,137 +302,186 @@ def _build_on_meta(factory: Callable[[], nn.Module]) -> nn.Module | None:
     except Exception as error:  # whatever a constructor does with values that meta tensors lack
         logger.info("the model cannot be built on the meta device (%s): it is built in memory", error)
         return None
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the factory made a {type(model).__name__}, not a torch.nn.Module")
-    return model
+    return _as_module(model)
 
 
-def _stray_meta(model: nn.Module) -> bool:
-    return any(isinstance(v, Tensor) and v.is_meta for m in model.modules() for v in vars(m).values())
+def _holds_meta(model: nn.Module) -> bool:
+    """Whether a meta tensor can be reached from the model, also through lists, dicts and objects."""
+    stack: list[Any] = [model]
+    seen: set[int] = set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                return True
+        elif id(value) not in seen and not isinstance(value, (type, ModuleType)):
+            seen.add(id(value))
+            if isinstance(value, dict):
+                stack.extend(value.values())
+            elif isinstance(value, (list, tuple, set, frozenset)):
+                stack.extend(value)
+            else:
+                stack.extend(getattr(value, "__dict__", {}).values())
+    return False
 
 
-def _fill(model: nn.Module, file: Container, manifest: Manifest, device: torch.device) -> None:
-    """Build and check all that the model gets, then hang it in."""
-    slots = _slots(model, file, manifest)
-    layers: dict[str, PackedModule] = {}
-    for name, entry in manifest.layers.items():
-        parts = _layer_parts(file, name, entry)
-        need(
-            file.checksum(parts) == entry.crc32,
-            f"layer {name!r}: its checksum does not match, the file is damaged",
-        )
-        try:
-            layers[name] = _build_layer(name, entry, file, parts, device).train(
-                model.get_submodule(name).training
-            )
-        except FormatError as error:
-            raise FormatError(f"layer {name!r}: {error}") from None
-        file.release(parts)
+@dataclass(frozen=True)
+class Place:
+    """An attribute of a module in the model: a layer, parameter or buffer that the file may replace."""
+
+    module: nn.Module
+    key: str
+
+    @property
+    def content(self) -> Any:
+        return getattr(self.module, self.key)
+
+    @property
+    def volatile(self) -> bool:
+        return self.key in self.module._non_persistent_buffers_set
+
+
+def _fill(
+    model: nn.Module, file: Container, manifest: Manifest, device: torch.device, *, complete: bool = True
+) -> None:
+    """Check all, build all that the model gets, then hang it in.
+
+    complete: raise FormatError if a buffer would stay on the meta device.
+    """
+    packed = {name: name for name in manifest.layers}
+    packed.update({alias: name for alias, name in manifest.aliases.items() if name in manifest.layers})
+    layers, tensors = _places(model, packed)
     rest = _rest_names(file, manifest)
+    for name, first in packed.items():
+        entry = manifest.layers[first]
+        _check_layer(name, entry, layers.get(name), _has_bias(file, first, entry))
+    _check_names(file, manifest, rest, {*packed, *tensors})
+    source = _check_tensors(file, manifest, rest, tensors, complete)
+
+    built = {name: _build_layer(name, entry, file, device) for name, entry in manifest.layers.items()}
+    values = {name: file.map(name) for name in rest}
     need(
-        file.checksum(rest) == manifest.rest,
+        checksum(values.values()) == manifest.rest,
         "the checksum of the float tensors does not match, the file is damaged",
     )
-    values = {name: file.tensor(name).to(device) for name in rest if name in slots}
+    used = {name: values[name].to(device) for name in source.values()}
 
-    parameters: dict[str, Tensor] = {}
-    for name, value in values.items():
-        module, attribute, old = slots[name]
-        grad = isinstance(old, nn.Parameter) and old.requires_grad
-        is_parameter = attribute in module._parameters
-        parameters[name] = nn.Parameter(value, requires_grad=grad) if is_parameter else value
-    for name, (module, attribute, _) in slots.items():
-        source = manifest.aliases.get(name, name)
-        if source in parameters:
-            table = module._parameters if attribute in module._parameters else module._buffers
-            table[attribute] = parameters[source]  # type: ignore[assignment]
-    for name, layer in (
-        *layers.items(),
-        *((a, layers[s]) for a, s in manifest.aliases.items() if s in layers),
-    ):
-        parent, _, attribute = name.rpartition(".")
-        model.get_submodule(parent)._modules[attribute] = layer
+    changes: list[tuple[Place, Any]] = []
+    for name, first in packed.items():
+        changes.append((layers[name], built[first].train(layers[name].content.training)))
+    parameters: dict[str, nn.Parameter] = {}
+    for name, first in source.items():
+        place, new = tensors[name], used[first]
+        if isinstance(place.content, nn.Parameter):
+            new = parameters.setdefault(first, nn.Parameter(new, requires_grad=place.content.requires_grad))
+        changes.append((place, new))
+    _hang(changes)
     model.__dict__["pyengine_recipe"] = manifest.recipe
 
 
-Slots = dict[str, tuple[nn.Module, str, Tensor]]
+def _places(model: nn.Module, packed: dict[str, str]) -> tuple[dict[str, Place], dict[str, Place]]:
+    """Every module and every tensor of the model by name, but for the tensors of layers that get packed.
 
-
-def _slots(model: nn.Module, file: Container, manifest: Manifest) -> Slots:
-    """Every parameter and buffer of the model outside of packed layers: name -> (module, attribute, tensor).
-
-    Checks that file and model agree: layers by type and shape, tensors by name and shape.
+    Only modules that are registered count: a name out of a file is looked up here, never as an attribute.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    packed = dict.fromkeys(manifest.layers)
-    for name, entry in manifest.layers.items():
-        _check_layer(name, entry, modules.get(name), _join(name, "bias") in file.entries)
-    for alias, source in manifest.aliases.items():
-        if source in packed:
-            _check_layer(
-                alias, manifest.layers[source], modules.get(alias), _join(source, "bias") in file.entries
-            )
-            packed[alias] = None
-    slots: Slots = {}
-    for prefix, module in modules.items():
-        if prefix in packed:
-            continue
-        need(
-            not isinstance(module, PackedModule),
-            f"layer {prefix!r} is packed in the model and float in the file",
-        )
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                slots[_join(prefix, attribute)] = (module, attribute, tensor)
-    known = set(file.entries) | set(manifest.aliases)
-    for name, (module, attribute, tensor) in slots.items():
-        source = manifest.aliases.get(name, name)
-        if source not in file.entries:
-            need(
-                attribute in module._non_persistent_buffers_set and not tensor.is_meta and name not in known,
-                f"tensor {name!r} of the model is missing from the file",
-            )
-            continue
-        shape = file.entries[source].shape
-        need(
-            shape == tuple(tensor.shape),
-            f"tensor {name!r} has shape {shape}, the model's {tuple(tensor.shape)}",
-        )
-    for name in [*_rest_names(file, manifest), *manifest.aliases]:
-        found = name in slots or name in packed or name in manifest.volatile
-        need(found, f"tensor {name!r} of the file has no place in the model")
-    return slots
+    layers: dict[str, Place] = {}
+    tensors: dict[str, Place] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, child in module._modules.items():
+            if child is not None:
+                layers[_join(prefix, key)] = Place(module, key)
+        if prefix not in packed:
+            where = f"layer {prefix!r} is packed in the model and float in the file"
+            need(not isinstance(module, PackedModule), where)
+            tensors.update({_join(prefix, key): Place(module, key) for key in _own_tensors(module)})
+    return layers, tensors
 
 
-def _check_layer(name: str, entry: LayerEntry, module: nn.Module | None, bias: bool) -> None:
+def _check_layer(name: str, entry: LayerEntry, place: Place | None, bias: bool) -> None:
     where = f"layer {name!r} is {entry.op} {entry.shape} in the file"
-    need(bool(name) and module is not None, f"{where}, the model has no such layer")
+    if place is None:
+        raise FormatError(f"{where}, the model has no such layer")
+    module = place.content
     if isinstance(module, PackedModule):
-        fits = module.op == entry.op
-        shape: tuple[int, ...] = module.prepared.shape
+        fits, shape = module.op == entry.op, module.prepared.shape
     else:
         fits = type(module) is FLOAT_LAYERS[entry.op]
-        weight = getattr(module, "weight", None)
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+        shape = tuple(module.weight.shape) if fits else ()
     need(fits and shape == entry.shape, f"{where}, {type(module).__name__} {shape} in the model")
-    need(
-        bias == (getattr(module, "bias", None) is not None),
-        f"{where} {'with' if bias else 'without'} bias, the model's differs",
-    )
+    if entry.op == "linear":
+        differs = f"{where} {'with' if bias else 'without'} bias, the model's differs"
+        need(bias == (module.bias is not None), differs)
 
 
-def _build_layer(
-    name: str, entry: LayerEntry, file: Container, parts: list[str], device: torch.device
-) -> PackedModule:
-    tensors = {part.rpartition(".")[2]: file.tensor(part) for part in parts}
-    bias = tensors.pop("bias", None)
-    weight = PackedWeight(entry.format, entry.shape, **tensors).to(device)
+def _check_names(file: Container, manifest: Manifest, rest: list[str], known: set[str]) -> None:
+    """Every name in the file has one place in the model. Volatile buffers may have lost theirs."""
+    stored = {*rest, *manifest.layers}
+    for alias, first in manifest.aliases.items():
+        need(alias not in file.entries, f"alias {alias!r} is a tensor of its own")
+        need(first in stored, f"alias {alias!r} leads to {first!r}, which is not in the file")
+    for name in manifest.volatile:
+        need(name in stored or name in manifest.aliases, f"volatile buffer {name!r} is missing from the file")
+    for name in (*rest, *manifest.aliases):
+        found = name in known or name in manifest.volatile
+        need(found, f"tensor {name!r} of the file has no place in the model")
+
+
+def _check_tensors(
+    file: Container, manifest: Manifest, rest: list[str], tensors: dict[str, Place], complete: bool
+) -> dict[str, str]:
+    """Name of each tensor of the model that the file has -> the name that it is stored under."""
+    stored = set(rest)
+    source: dict[str, str] = {}
+    for name, place in tensors.items():
+        first, old = manifest.aliases.get(name, name), place.content
+        if first not in stored:
+            kept = place.volatile and name not in manifest.aliases and not (complete and old.is_meta)
+            need(kept, f"tensor {name!r} of the model is missing from the file")
+            continue
+        new = file.entries[first]
+        shapes = f"tensor {name!r} has shape {new.shape}, the model's {tuple(old.shape)}"
+        need(new.shape == tuple(old.shape), shapes)
+        # Float models may be loaded in another float type than they are built in; no other types are mixed.
+        both_float = new.dtype.is_floating_point and old.dtype.is_floating_point
+        need(both_float or new.dtype == old.dtype, f"tensor {name!r} is {new.dtype}, the model's {old.dtype}")
+        volatile = name in manifest.volatile
+        need(
+            not (volatile and isinstance(old, nn.Parameter)),
+            f"tensor {name!r} is a volatile buffer, a parameter in the model",
+        )
+        source[name] = first
+    return source
+
+
+def _build_layer(name: str, entry: LayerEntry, file: Container, device: torch.device) -> PackedModule:
+    parts = {part.rpartition(".")[2]: file.read(part) for part in _layer_parts(file, name, entry)}
+    intact = checksum(parts.values()) == entry.crc32
+    need(intact, f"layer {name!r}: its checksum does not match, the file is damaged")
+    moved = {part: tensor.to(device) for part, tensor in parts.items()}
+    bias = moved.pop("bias", None)
+    try:
+        weight = PackedWeight(entry.format, entry.shape, **moved)
+    except FormatError as error:
+        raise FormatError(f"layer {name!r}: {error}") from None
     if entry.op == "embedding":
         return Embedding(weight, padding_idx=entry.padding_idx, dtype=entry.dtype, name=name)
     if bias is not None:
-        need(bias.dtype in LAYER_DTYPES.values(), f"bias is {bias.dtype}")
-        need(
-            tuple(bias.shape) == entry.shape[:1], f"bias has shape {tuple(bias.shape)}, N is {entry.shape[0]}"
-        )
-        bias = bias.to(device)
+        fits = bias.dtype in LAYER_DTYPES.values() and tuple(bias.shape) == entry.shape[:1]
+        need(fits, f"layer {name!r}: bias is {bias.dtype} {tuple(bias.shape)}, N is {entry.shape[0]}")
     return Linear(weight, bias, input_spec=entry.input_spec, dtype=entry.dtype, name=name)
+
+
+def _hang(changes: list[tuple[Place, Any]]) -> None:
+    """Set every attribute; on any interruption set all back.
+
+    By setattr, as load_state_dict(assign=True) does: LSTM and the like keep second lists of their parameters.
+    """
+    done: list[tuple[Place, Any]] = []
+    try:
+        for place, new in changes:
+            done.append((place, place.content))
+            setattr(place.module, place.key, new)
+    except BaseException:
+        for place, old in reversed(done):
+            setattr(place.module, place.key, old)
+        raise

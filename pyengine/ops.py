@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import KERNELS, cpu
 from .formats import ACTIVATIONS, FLOAT, ActivationSpec, parse_format
@@ -89,8 +90,12 @@ _DTYPES = frozenset(FLOAT_DTYPES)
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
-# Whether torch.jit.trace is recording, which sees nothing of what a kernel does.
+# Whether someone watches the operators that run, and would see nothing of what a kernel does: torch.jit.trace;
+# make_fx, fake tensors and other dispatch modes.
 _is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+# The innermost transform of torch.func (vmap, grad, jvp and what is made of them), or None.
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def linear_prepared(
@@ -103,7 +108,7 @@ def linear_prepared(
 ) -> Tensor:
     """pe.ops.linear on a prepared weight; name is the layer's, for error messages."""
     device_type = prepared.problem.device
-    if _is_autocast_enabled(device_type):
+    if _is_autocast_enabled(device_type) and x.dtype in _DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
     shape = x.shape
     if (
@@ -118,9 +123,15 @@ def linear_prepared(
         type(x) is not Tensor
         or _is_compiling()
         or (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or not x.is_cpu
         or _is_tracing()
+        or _dispatch_modes()
+        or _transform() is not None
+        or forward_ad._current_level >= 0
     ):
         problem = prepared.problem
+        if not _is_compiling() and (_transform() is not None or forward_ad._current_level >= 0):
+            return _linear_transformed(x, layout, bias, prepared, activation, name)
         out: Tensor = torch.ops.pyengine.linear(
             x, layout, bias, *prepared.shape, problem.format.name, problem.input_spec.name,
             prepared.kernel.layout.name, activation,
@@ -128,6 +139,27 @@ def linear_prepared(
         return out
     result: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
     return result
+
+
+def _linear_transformed(
+    x: Tensor, layout: Tensor, bias: Tensor | None, prepared: Prepared, activation: str | None, name: str
+) -> Tensor:
+    """Under torch.func and forward-mode derivatives, for which a custom op has no rules: the kernel's value with
+    the derivative of F.linear, from operators that have them.
+    """
+    if activation is not None:
+        raise NotImplementedError(
+            f"linear {name!r}: no derivative through a fused activation; apply it after the layer"
+        )
+    problem = prepared.problem
+    fixed = None if bias is None else bias.detach()
+    value: Tensor = torch.ops.pyengine.linear(
+        x.detach(), layout, fixed, *prepared.shape, problem.format.name, problem.input_spec.name,
+        prepared.kernel.layout.name, None,
+    )  # fmt: skip
+    weight = dequantize_prepared(layout, prepared, x.dtype)
+    zero = torch.nn.functional.linear(x - x.detach(), weight)
+    return value + (zero if bias is None else zero + (bias - bias.detach()).to(x.dtype))
 
 
 def embedding_prepared(
@@ -139,13 +171,25 @@ def embedding_prepared(
         raise TypeError(f"{where}: indices are {ids.dtype}, not int64 or int32")
     if ids.device != layout.device:
         raise TypeError(f"{where}: indices are on {ids.device}, weight is on {layout.device}")
-    if type(ids) is not Tensor or _is_compiling() or _is_tracing():
+    if dtype not in _DTYPES:
+        raise TypeError(f"{where}: rows of {dtype}, which is none of float32, bfloat16, float16")
+    if (
+        type(ids) is not Tensor
+        or _is_compiling()
+        or not ids.is_cpu
+        or _is_tracing()
+        or _dispatch_modes()
+        or _transform() is not None
+    ):
         problem = prepared.problem
         out: Tensor = torch.ops.pyengine.embedding(
             ids, layout, *prepared.shape, problem.format.name, prepared.kernel.layout.name, dtype
         )
         return out
-    result: Tensor = prepared.kernel.run(ids, layout, prepared.shape, prepared.problem, dtype)
+    try:
+        result: Tensor = prepared.kernel.run(ids, layout, prepared.shape, prepared.problem, dtype)
+    except IndexError as error:
+        raise IndexError(str(error).replace("embedding", where, 1)) from None
     return result
 
 

@@ -15,12 +15,13 @@ from .formats import WeightFormat
 
 Array = NDArray[Any]
 
-# |w0| + |w1| + |w4| + |w5| and |w2| + |w3| + |w6| + |w7| of every 8 codes: 258 * 127 = 32766 fits 16 bits.
-# The quantizer aims at 256, since rounding may add a half to each of the four.
+# Kernels add |a| (w ^ s) of these four of every 8 codes in 16 bits, s being 0 or -1: exact if the larger of |w| and
+# |~w| sums to at most 258, since 258 * 127 = 32766. The quantizer aims at 252 for the sum of |w|: rounding may add
+# a half to each of the four, and ~w one.
 PAIR_LANES = ((0, 1, 4, 5), (2, 3, 6, 7))
 PAIR_LIMIT = 258
-PAIR_TARGET = 256
-PAIR_MAX_GROWTH = 1.15
+PAIR_TARGET = 252
+PAIR_MAX_GROWTH = 1.5
 
 
 def pack_codes(codes: Array, bits: int) -> Array:
@@ -30,7 +31,8 @@ def pack_codes(codes: Array, bits: int) -> Array:
     of byte 0. The row is padded to a byte with zero bits.
     """
     spread = np.unpackbits(codes.astype(np.uint8)[..., None], axis=-1, bitorder="little")[..., :bits]
-    return np.asarray(np.packbits(spread.reshape(codes.shape[0], -1), axis=-1, bitorder="little"))
+    streams = spread.reshape(len(codes), codes.shape[1] * bits)
+    return np.asarray(np.packbits(streams, axis=-1, bitorder="little"))
 
 
 def unpack_codes(qdata: Array, bits: int, k: int) -> Array:
@@ -80,7 +82,7 @@ def pair_scale(w: Array) -> Array:
     n, k = w.shape
     padded = np.zeros((n, -(-max(k, 1) // 8) * 8), np.float32)
     padded[:, :k] = np.abs(w)
-    octets = padded.reshape(n, -1, 8)
+    octets = padded.reshape(n, padded.shape[1] // 8, 8)
     sums = [
         ((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES
     ]

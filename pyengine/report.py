@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 
 
@@ -73,7 +74,9 @@ class Report:
         totals = (human_bytes(self.total(what)) for what in ("bytes_before", "bytes_file", "bytes_runtime"))
         table.add_row(f"{len(self.changes)} changed", "", "", "", *totals)
         out = io.StringIO()
-        console = Console(file=out, width=130)
+        # Text for any file: no colours, and no display of its own in a notebook.
+        width = min(130, max(80, shutil.get_terminal_size((130, 24)).columns))
+        console = Console(file=out, width=width, color_system=None, force_jupyter=False)
         console.print(table)
         if self.left:
             rest = Table(

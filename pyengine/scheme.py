@@ -19,7 +19,7 @@ class Scheme:
     bits, group_size, symmetric: of the weight; group_size 0 is one scale per output channel.
     activation_bits: 0 leaves activations float; 8 quantizes each row at run time; `static` takes calibrated
     scales. scale_dtype: of the weight's scales; None is float16 for groups and float32 per channel. pair_sum:
-    enlarge a channel's scale by at most 1.15x where that lets kernels add two products in 16 bits
+    enlarge a channel's scale by at most 1.5x where that lets kernels add two products in 16 bits
         (formats with 8-bit weights and activations); None is on exactly there.
     numerics: exact, or fast to admit kernels whose float error is larger than that of the integers
     themselves.

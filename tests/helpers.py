@@ -74,7 +74,7 @@ def random_weight(format, n, k, seed=0, kind="full"):
             "paired": lambda: rng.integers(-64, 65, (n, k)),
             "extreme": lambda: 127 * sign,
             "lowest": lambda: np.full((n, k), -128),
-            "limit": lambda: sign * np.minimum(octet, 127).reshape(n, -1)[:, :k],
+            "limit": lambda: sign * np.minimum(octet, 127).reshape(n, octet.shape[1] * 8)[:, :k],
         }[kind]()
     shape = n, format.groups(k)
     # Scales such that the weights are of the size of one, with room for float16.
@@ -96,6 +96,14 @@ def arrays(weight):
 
 def inputs(m, k, dtype=torch.float32, seed=0):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(1000 * m + k + seed)).to(dtype)
+
+
+def rows_at_the_edges_of_codes(count=200):
+    """(count, 382): an amax each, and the floats around amax * (j + 1/2) / 127, where one rounding decides the code."""
+    amax = np.linspace(1, 2, count, dtype=np.float32)[:, None]
+    edge = (amax.astype(np.float64) * (np.arange(127) + 0.5) / 127).astype(np.float32)
+    around = [np.nextafter(edge, np.float32(0)), edge, np.nextafter(edge, np.float32(3))]
+    return torch.from_numpy(np.concatenate([amax, *around], axis=1))
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ struct Simd {
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   static I load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_i(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static I set_i(int32_t x) { return _mm256_set1_epi32(x); }
+  static I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
   static I broadcast4(const void* p) {
     int32_t word;
     std::memcpy(&word, p, 4);
@@ -46,17 +48,16 @@ struct Simd {
     return to_float(_mm256_srai_epi32(Byte == 3 ? x : _mm256_slli_epi32(x, 24 - 8 * Byte), 24));
   }
 
-  // vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating: 2 * 128 * 127 = 32512 fits
-  // with |w| on the unsigned side. vpsignb moves the sign of w to a, which is never -128, so that it never wraps.
-  static I dot4(I sum, I a, I w) {
-    const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+  // vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating: here |w ^ sign| <= 128, and
+  // 2 * 127 * 128 = 32512 fits.
+  static I dot4(I sum, I magnitude, I sign, I w) {
+    const I pairs = _mm256_maddubs_epi16(magnitude, _mm256_xor_si256(w, sign));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  // Two products are added in 16 bits before they are widened once: exact because the caller has proved that
-  // |w0[2i]| + |w0[2i+1]| + |w1[2i]| + |w1[2i+1]| <= 258, and 258 * 127 = 32766.
-  static I dot4_pair(I sum, I abs_a0, I a0, I w0, I abs_a1, I a1, I w1) {
-    const I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(abs_a0, _mm256_sign_epi8(w0, a0)),
-                                     _mm256_maddubs_epi16(abs_a1, _mm256_sign_epi8(w1, a1)));
+  // Two products are added in 16 bits before they are widened once: the bound of panels.h makes that exact.
+  static I dot4_pair(I sum, I magnitude0, I sign0, I w0, I magnitude1, I sign1, I w1) {
+    const I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(magnitude0, _mm256_xor_si256(w0, sign0)),
+                                     _mm256_maddubs_epi16(magnitude1, _mm256_xor_si256(w1, sign1)));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 
@@ -90,14 +91,24 @@ struct Simd {
     for (int i = 1; i < 8; i++) largest = lane[i] > largest ? lane[i] : largest;
     return largest;
   }
-  static void store_codes(const F (&x)[4], F scale, int8_t* codes, uint8_t* magnitudes) {
+  static int32_t reduce_add(I x) {
+    alignas(32) int32_t lane[8];
+    store_i(lane, x);
+    int32_t sum = 0;
+    for (int i = 0; i < 8; i++) sum += lane[i];
+    return sum;
+  }
+  static I store_codes(I negative, const F (&x)[4], F scale, uint8_t* to) {
     const I low = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(x[0], scale)), _mm256_cvtps_epi32(mul(x[1], scale)));
     const I high = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(x[2], scale)), _mm256_cvtps_epi32(mul(x[3], scale)));
     // The two packs interleave 128-bit halves; one permutation of words puts the 32 codes back in order.
     const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const I q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), q);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(magnitudes), _mm256_abs_epi8(q));
+    const I sign = _mm256_cmpgt_epi8(zero_i(), q), magnitude = _mm256_abs_epi8(q);
+    const I first = _mm256_unpacklo_epi32(sign, magnitude), second = _mm256_unpackhi_epi32(sign, magnitude);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(first, second, 0x20));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute2x128_si256(first, second, 0x31));
+    return _mm256_add_epi32(negative, _mm256_sad_epu8(_mm256_and_si256(sign, magnitude), zero_i()));
   }
   static F load_codes(const uint8_t* p) {
     return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));

@@ -44,6 +44,15 @@ struct Simd {
     return y;
   }
   static void store_i(int32_t* p, I x) { std::memcpy(p, x.lane, sizeof(x)); }
+  static I set_i(int32_t x) {
+    I y;
+    for (int i = 0; i < 8; i++) y.lane[i] = x;
+    return y;
+  }
+  static I add_i(I a, I b) {
+    for (int i = 0; i < 8; i++) a.lane[i] += b.lane[i];
+    return a;
+  }
   // The same four bytes in each lane.
   static I broadcast4(const void* p) {
     int32_t word;
@@ -81,14 +90,17 @@ struct Simd {
     return each([&](int i) { return static_cast<float>(byte_of(x.lane[i], Byte)); });
   }
 
-  // sum + the exact sum over the four bytes of each lane of a * w; a in [-127, 127], w in [-128, 127].
-  static I dot4(I sum, I a, I w) {
+  // sum + the exact sum over the four bytes of each lane of magnitude * (w ^ sign), with w ^ sign as a signed byte:
+  // magnitude in [0, 127], sign 0 or -1, any w.
+  static I dot4(I sum, I magnitude, I sign, I w) {
     for (int i = 0; i < 8; i++)
-      for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(a.lane[i], b) * byte_of(w.lane[i], b);
+      for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(magnitude.lane[i], b) * byte_of(w.lane[i] ^ sign.lane[i], b);
     return sum;
   }
-  // dot4 of two pairs of vectors, for weights that keep the bound of panels.h; |a| is given beside a.
-  static I dot4_pair(I sum, I, I a0, I w0, I, I a1, I w1) { return dot4(dot4(sum, a0, w0), a1, w1); }
+  // dot4 of two, for weights that keep the bound of panels.h.
+  static I dot4_pair(I sum, I magnitude0, I sign0, I w0, I magnitude1, I sign1, I w1) {
+    return dot4(dot4(sum, magnitude0, sign0, w0), magnitude1, sign1, w1);
+  }
 
   static F load_bf16(const uint16_t* p) {
     return each([&](int i) { return bits<float>(static_cast<uint32_t>(p[i]) << 16); });
@@ -139,15 +151,24 @@ struct Simd {
     for (int i = 1; i < 8; i++) largest = x.lane[i] > largest ? x.lane[i] : largest;
     return largest;
   }
-  // 32 codes round-half-even(x * scale), where |x * scale| < 127.5, and their magnitudes.
-  static void store_codes(const F (&x)[4], F scale, int8_t* codes, uint8_t* magnitudes) {
+  static int32_t reduce_add(I x) {
+    int32_t sum = 0;
+    for (int i = 0; i < 8; i++) sum += x.lane[i];
+    return sum;
+  }
+  // 32 codes q = round-half-even(x * scale), where |x * scale| < 127.5, as 8 times {4 signs, 4 magnitudes}: sign 0 or
+  // 0xff. Returns negative + the magnitudes of the negative codes, spread over the lanes in any way.
+  static I store_codes(I negative, const F (&x)[4], F scale, uint8_t* to) {
     for (int v = 0; v < 4; v++) {
       const F q = round(mul(x[v], scale));
       for (int i = 0; i < 8; i++) {
-        codes[8 * v + i] = static_cast<int8_t>(q.lane[i]);
-        magnitudes[8 * v + i] = static_cast<uint8_t>(std::fabs(q.lane[i]));
+        const int32_t code = static_cast<int32_t>(q.lane[i]), at = 8 * v + i;
+        to[at / 4 * 8 + at % 4] = code < 0 ? 0xff : 0;
+        to[at / 4 * 8 + at % 4 + 4] = static_cast<uint8_t>(code < 0 ? -code : code);
+        negative.lane[i] += code < 0 ? -code : 0;
       }
     }
+    return negative;
   }
   // Eight unsigned bytes.
   static F load_codes(const uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }

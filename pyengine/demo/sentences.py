@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 WORDS = range(6, 41)
 
 # Mark-up, formulas and code have no place in a sentence; quotes and parentheses do.
-_FOREIGN = re.compile(r"[^\w\s.,;:!?'\"()\u2018\u2019\u201c\u201d/-]|__|_\w|::|\.\w|\w\(|https?:|\d{4,}")
+_FOREIGN = re.compile(r"[^\w\s.,;:!?'\"()\u2018\u2019\u201c\u201d/-]|_|::|\.\w|\w\(|https?:|\d{4,}")
 _ROLE = re.compile(
     r":[\w:]+:`~?([^`<]*)(?:<[^`]*)?`|``([^`]*)``|`([^`<]*)(?:<[^`]*)?`_*|\*{1,2}([^*\s][^*]*)\*{1,2}"
 )
@@ -19,7 +19,7 @@ _BREAK = re.compile(r"(?<=[a-z)\"\u201d][.!?])\s+(?=[A-Z\"\u201c])")
 
 
 def sentences(count: int) -> list[str]:
-    """`count` different sentences of 6 to 40 words, if there are as many, taken in turn from every document."""
+    """`count` different sentences of 6 to 40 words, if there are as many, in turn from each document."""
     rows = zip_longest(*(extract(text) for text in _documents()))
     distinct = dict.fromkeys(sentence for sentence in chain.from_iterable(rows) if sentence)
     return list(distinct)[:count]

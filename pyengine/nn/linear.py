@@ -40,7 +40,9 @@ class Linear(PackedModule):
             raise ValueError(
                 f"linear {name!r}: bias has shape {tuple(bias.shape)}, weight has N={weight.shape[0]}"
             )
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        with torch.inference_mode(False):
+            own = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", own)
 
     @classmethod
     def from_float(cls, linear: nn.Linear, scheme: str | Scheme, *, name: str = "") -> Linear:

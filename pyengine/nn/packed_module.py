@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..formats import FLOAT, ActivationSpec, FormatError, WeightFormat
 from ..ops import Prepared, dequantize_prepared, prepare
-from ..packed import PackedWeight
+from ..packed import DTYPES, PackedWeight
 
 logger = logging.getLogger("pyengine")
 
@@ -51,9 +51,11 @@ class PackedModule(nn.Module):
         device: torch.device | None = None,
         kernel: str | None = None,
     ) -> None:
-        self._prepared, layout = prepare(
-            self.op, weight, input_spec, name=self.name, device=device, kernel=kernel
-        )
+        # A tensor made in inference mode could never be saved for a backward pass.
+        with torch.inference_mode(False):
+            self._prepared, layout = prepare(
+                self.op, weight, input_spec, name=self.name, device=device, kernel=kernel
+            )
         self.register_buffer("layout", layout, persistent=False)
 
     @property
@@ -74,8 +76,20 @@ class PackedModule(nn.Module):
         return self._prepared.kernel.name
 
     def packed(self) -> PackedWeight:
-        """The canonical weight, turned back from the layout."""
+        """The canonical weight, turned back from the layout. On the meta device it has shapes only."""
+        if self.layout.is_meta:
+            return PackedWeight.trusted(self.format, self._prepared.shape, self._meta_tensors())
         return self._prepared.unpack(self.layout)
+
+    def _meta_tensors(self) -> dict[str, Tensor]:
+        format, (n, k) = self.format, self._prepared.shape
+        parts = {"qdata": ("uint8", format.row_bytes(k)), "scale": (format.scale_dtype, format.groups(k))}
+        if format.zero_dtype is not None:
+            parts["zero"] = (format.zero_dtype, format.groups(k))
+        return {
+            name: torch.empty(n, width, dtype=DTYPES[dtype], device="meta")
+            for name, (dtype, width) in parts.items()
+        }
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +100,9 @@ class PackedModule(nn.Module):
         return dequantize_prepared(self.layout, self._prepared, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        """Casts and moves: the layout keeps its bytes under .half() and is derived anew on another device."""
+        """Casts and moves: the layout keeps its bytes under .half() and .type(), and is derived anew on another
+        device. From the meta device (to_empty) comes a weight of zeros, until a state_dict is loaded.
+        """
         before = self.layout
         probe = fn(torch.empty(0, dtype=self.dtype, device=before.device))
         moved = probe.device != before.device and "meta" not in (probe.device.type, before.device.type)
@@ -95,6 +111,10 @@ class PackedModule(nn.Module):
         self.dtype = probe.dtype if probe.dtype.is_floating_point else self.dtype
         if weight is not None:
             self._set_weight(weight, self.input_spec, device=probe.device)
+        elif self.layout.dtype != before.dtype:
+            self.layout = before
+        elif before.is_meta and not self.layout.is_meta:
+            self.layout.zero_()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -111,21 +131,28 @@ class PackedModule(nn.Module):
         others = {
             key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}
         }
+        weight = None
+        if len(tensors) == len(names):
+            try:
+                # Scales may be of either dtype: rounding decides on it by their values.
+                kind = "float16" if tensors["scale"].dtype == torch.float16 else "float32"
+                weight = PackedWeight(replace(self.format, scale_dtype=kind), self._prepared.shape, **tensors)
+            except FormatError as error:  # then the bias stays too: the layer is loaded whole or not at all
+                error_msgs.append(f"{self.op} {prefix.rstrip('.')!r}: {error}")
+                return
         super()._load_from_state_dict(
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if len(tensors) < len(names):
-            missing_keys.extend(prefix + name for name in names if name not in tensors)
-            return
-        try:
-            # Scales may be of either dtype: rounding decides on it by their values.
-            kind = "float16" if tensors["scale"].dtype == torch.float16 else "float32"
-            weight = PackedWeight(replace(self.format, scale_dtype=kind), self._prepared.shape, **tensors)
-            self._set_weight(weight, self.input_spec, device=self.layout.device)
-        except FormatError as error:
-            error_msgs.append(f"{self.op} {prefix.rstrip('.')!r}: {error}")
+        missing_keys.extend(prefix + name for name in names if name not in tensors)
+        if weight is not None:
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            device = weight.qdata.device if assign else self.layout.device
+            if device.type != "meta":
+                self._set_weight(weight, self.input_spec, device=device)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.layout.is_meta:
+            raise RuntimeError(f"{self.op} {self.name!r} is on the meta device: it has no weight to copy")
         state = dict(self.__dict__)
         state["_buffers"] = {name: t for name, t in self._buffers.items() if name != "layout"}
         state["_prepared"] = (self.packed(), self.input_spec)

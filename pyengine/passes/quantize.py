@@ -78,9 +78,9 @@ def _describe(rules: dict[Pattern, Scheme | None]) -> str:
 
 
 def _check_patterns(patterns: list[Pattern], sites: list[Site], left: list[Left], model: nn.Module) -> None:
+    layers = {id(site.module) for site in sites} | {id(model.get_submodule(item.name)) for item in left}
+    known = [(m, name) for name, m in model.named_modules(remove_duplicate=False) if id(m) in layers]
     for pattern in patterns:
-        known = [(site.module, name) for site in sites for name in (site.name, *site.aliases)]
-        known += [(model.get_submodule(item.name), item.name) for item in left]
         if not any(matches(pattern, module, name) for module, name in known):
             raise ValueError(f"pattern {pattern!r} matches no layer of the model")
 

@@ -17,7 +17,14 @@ from ..report import Left
 Pattern = str | Callable[[nn.Module, str], bool]
 Patterns = Pattern | Iterable[Pattern]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Token types and the like: MiniLM's two rows, of outliers, cost as much cosine as a third of its other layers.
+MIN_ROWS = 16
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
 
 
 def as_list(patterns: Patterns | None) -> list[Pattern]:
@@ -57,7 +64,10 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Left]]:
     for name, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(id(module), (module, []))[1].append(name)
     owners = _owners(module for module, _ in modules.values())
-    parents = {id(child): module for module, _ in modules.values() for child in module.children()}
+    parents: dict[int, list[nn.Module]] = {}
+    for module, _ in modules.values():
+        for child in module.children():
+            parents.setdefault(id(child), []).append(module)
     sites, left = [], []
     for module, names in modules.values():
         if isinstance(module, PackedModule):
@@ -67,7 +77,7 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Left]]:
             continue
         if any(p.is_meta for p in module.parameters(recurse=False)):
             raise ValueError(f"layer {names[0]!r} is on the meta device: it has no weight to quantize")
-        reason = _reason(module, names[0], parents.get(id(module)), owners)
+        reason = _reason(module, names[0], parents.get(id(module), []), owners)
         if reason:
             left.append(Left(names[0], type(module).__name__, reason))
             continue
@@ -98,7 +108,7 @@ def _owners(modules: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
 
 
 def _reason(
-    module: nn.Module, name: str, parent: nn.Module | None, owners: dict[int, list[nn.Module]]
+    module: nn.Module, name: str, parents: list[nn.Module], owners: dict[int, list[nn.Module]]
 ) -> str | None:
     """Why the module must stay float; None if it can be replaced."""
     kind = type(module)
@@ -128,10 +138,13 @@ def _reason(
     others = [other for other in owners[_address(weight)] if other is not module]
     if others:
         return f"weight is tied with {type(others[0]).__name__}"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "the fused inference path of TransformerEncoderLayer reads its weight"
+    for fused in (nn.TransformerEncoderLayer, nn.MultiheadAttention):
+        if any(isinstance(parent, fused) for parent in parents):
+            return f"the fused inference path of {fused.__name__} reads its weight"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm changes its weight at run time"
+    if isinstance(module, nn.Embedding) and module.num_embeddings < MIN_ROWS:
+        return f"a table of {module.num_embeddings} rows: nothing to save, and its error would reach every token"
     return None
 
 

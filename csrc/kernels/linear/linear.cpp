@@ -16,7 +16,7 @@ constexpr int64_t kGrainElements = 1 << 15;
 
 int64_t linear_workspace_bytes(int64_t M, int64_t K) {
   const int64_t rows = std::min(M, kLinearRowBlock), depth = Panels(0, K).depth;
-  return (rows * 4 + 63) / 64 * 64 + rows * depth * 4;
+  return (rows * (2 + depth / 65536) * 4 + 63) / 64 * 64 + rows * depth * 4;
 }
 
 void linear(const LinearKernel& kernel, const LinearArgs& args) {

@@ -29,7 +29,7 @@ struct LinearKernel {
 // Rows are taken in blocks of this many, which bounds the workspace and keeps the prepared rows in the caches.
 constexpr int64_t kLinearRowBlock = 256;
 
-// Enough for either kernel: per row a float scale, and K padded to 8 as two rows of bytes or as one of floats.
+// Enough for every kernel: per row a scale, a few sums, and K padded to 8 of up to four bytes.
 int64_t linear_workspace_bytes(int64_t M, int64_t K);
 
 // args.M rows in blocks, each phase split over torch's threads.

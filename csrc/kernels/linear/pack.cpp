@@ -20,15 +20,16 @@ uint32_t load_quad(const uint8_t* row, int64_t k, int64_t K) {
 // Plain loops over fixed counts, which the compiler turns into vectors.
 bool is_paired(const int8_t* panel, int64_t depth) {
   constexpr int kQuads = 4 * kPanel;  // bytes of 16 columns, 4 codes each
-  int largest = 0, smallest = 0;
+  int largest = 0;
   for (int64_t k = 0; k < depth; k += 8, panel += 2 * kQuads) {
     int16_t sum[kQuads];
-    for (int i = 0; i < kQuads; i++)
-      sum[i] = static_cast<int16_t>(std::abs(panel[i]) + std::abs(panel[i + kQuads]));
+    for (int i = 0; i < kQuads; i++) {
+      const int low = panel[i], high = panel[i + kQuads];
+      sum[i] = static_cast<int16_t>(std::max(-low, low + 1) + std::max(-high, high + 1));
+    }
     for (int i = 0; i < kQuads; i += 2) largest = std::max(largest, sum[i] + sum[i + 1]);
-    for (int i = 0; i < 2 * kQuads; i++) smallest = std::min<int>(smallest, panel[i]);
   }
-  return largest <= 258 && smallest > -128;
+  return largest <= 258;
 }
 
 }  // namespace

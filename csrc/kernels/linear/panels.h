@@ -5,8 +5,8 @@
 //   panel   int8[N / 16][K / 4][16][4]  the codes of 16 rows of the weight, 4 along K at a time; N padded to 16 and
 //                                       K to 8 with zeros
 //
-// A panel is paired if no code is -128 and each column keeps, in every 8 codes along K,
-// |w0| + |w1| + |w4| + |w5| <= 258 and |w2| + |w3| + |w6| + |w7| <= 258.
+// A panel is paired if each column keeps, in every 8 codes along K, t0 + t1 + t4 + t5 <= 258 and
+// t2 + t3 + t6 + t7 <= 258, where t = max(|w|, |~w|) is the larger magnitude that w ^ sign can have: 258 * 127 = 32766.
 #pragma once
 #include <cstdint>
 

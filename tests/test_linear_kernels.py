@@ -1,0 +1,439 @@
+"""Every linear kernel of the tables against reference.py: integers by equality, floats by computed bounds."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    DTYPES_OF_X,
+    EVERY_FORMAT,
+    arrays,
+    assert_same_bits,
+    assert_within,
+    bare_linear,
+    expected_linear,
+    guarded,
+    in_child,
+    inputs,
+    kernel_cases,
+    random_weight,
+    rows_at_the_edges_of_codes,
+    run_linear,
+    weight_of,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import pyengine as pe
+from pyengine import _C, ops, reference
+from pyengine.backends import KERNELS, cpu
+from pyengine.formats import FLOAT, parse_format
+from pyengine.packed import PackedWeight
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+CASES = kernel_cases("linear")
+INTEGER_CASES = kernel_cases("linear", integer=True)
+COMPILED_CASES = [case for case in CASES if not case.values[0].fallback]
+kernels = pytest.mark.parametrize(("kernel", "format", "spec"), CASES)
+integer_kernels = pytest.mark.parametrize(("kernel", "format", "spec"), INTEGER_CASES)
+compiled_kernels = pytest.mark.parametrize(("kernel", "format", "spec"), COMPILED_CASES)
+INT8 = parse_format("int8")
+
+
+def test_the_tables_hold_kernels_of_every_supported_instruction_set():
+    supported = {isa for _, _, isa, _, runs in _C.kernels() if runs}
+    assert {case.values[0].isa for case in INTEGER_CASES} == supported
+    assert {case.values[0].isa for case in CASES} == supported | {"torch"}
+
+
+# ---- integer sums ----------------------------------------------------------------------------------------------------
+
+
+def random_codes(m, k, seed=0, extreme=False):
+    rng = np.random.default_rng([m, k, seed])
+    return (rng.choice([-127, 127], (m, k)) if extreme else rng.integers(-127, 128, (m, k))).astype(np.int8)
+
+
+def assert_exact(kernel, weight, q, rows):
+    codes, _, zero, format = arrays(weight)
+    expected = reference.linear_int32(q, codes, format, zero)[..., 0]
+    for m in rows:
+        sums = ops.linear_int32(torch.from_numpy(q[:m]), weight, kernel=kernel.name)
+        assert sums.dtype == torch.int32
+        np.testing.assert_array_equal(sums.numpy(), expected[:m])
+
+
+@pytest.mark.parametrize("k", [1, 7, 8, 31, 33, 100, 4097])
+@pytest.mark.parametrize("kind", ["full", "paired", "extreme", "lowest", "limit"])
+@integer_kernels
+def test_integer_sums_equal_the_reference(kernel, format, spec, kind, k):
+    """kind "paired" and "limit" (mostly) take the path that adds two products in 16 bits, the others do not."""
+    for n in (1, 15, 16, 17, 33, 65):
+        q = random_codes(7, k, seed=n, extreme=kind != "full")
+        assert_exact(kernel, random_weight(format, n, k, kind=kind), q, rows=range(8) if k < 1000 else (1, 7))
+
+
+@integer_kernels
+@given(
+    m=st.integers(0, 9),
+    k=st.integers(1, 70),
+    n=st.integers(0, 70),
+    kind=st.sampled_from(["full", "paired", "extreme", "lowest", "limit"]),
+    seed=st.integers(0, 1000),
+)
+def test_integer_sums_equal_the_reference_at_any_shape(kernel, format, spec, m, k, n, kind, seed):
+    assert_exact(kernel, random_weight(format, n, k, seed, kind), random_codes(m, k, seed), rows=[m])
+
+
+@integer_kernels
+@given(values=st.lists(st.integers(-128, 127), min_size=8, max_size=8), flip=st.integers(0, 255))
+@example(values=[127, 2, 2, 127, 127, 2, 127, 2], flip=0)
+@example(values=[127, 3, 2, 127, 127, 2, 127, 2], flip=0)
+@example(values=[2, 127, 127, 3, 127, 2, 127, 2], flip=0)
+@example(values=[-128, 1, 0, 0, 127, 2, 0, 0], flip=0)
+@example(values=[0, 0, 0, 0, 0, 0, 0, -128], flip=128)
+def test_eight_codes_never_saturate(kernel, format, spec, values, flip):
+    """Weights around the limit where two products no longer fit 16 bits, against activations that add them all up."""
+    weight = weight_of(format, [values], [[1.0]]) if format == INT8 else random_weight(format, 1, 8)
+    worst = [127 * (1 if (v >= 0) ^ (flip >> i & 1) else -1) for i, v in enumerate(values)]
+    assert_exact(kernel, weight, np.array([worst], np.int8), rows=[1])
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 9, dtype=torch.int8), "K=8"),
+        (torch.zeros(8, dtype=torch.int8), "K=8"),
+        (torch.zeros(2, 8), "torch.float32"),
+        (torch.full((2, 8), -128, dtype=torch.int8), "-128"),
+    ],
+)
+def test_linear_int32_refuses_what_has_no_exact_sum(x, message):
+    with pytest.raises(ValueError, match=message):
+        ops.linear_int32(x, random_weight(INT8, 3, 8))
+
+
+def test_linear_int32_without_an_integer_kernel_raises_not_implemented():
+    weight = random_weight(EVERY_FORMAT["uint4_g32_zf32"], 3, 8)
+    with pytest.raises(NotImplementedError, match="uint4_g32_zf32"):
+        ops.linear_int32(torch.zeros(2, 8, dtype=torch.int8), weight)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("value", [127, -128, -1])
+@integer_kernels
+def test_k_beyond_the_int32_bound_gives_the_right_float_answer(kernel, format, spec, value, m):
+    k = 140_000
+    if format.encoding != "int":
+        pytest.skip("the codes below are those of int weights")
+    weight = weight_of(format, np.full((2, k), max(value, -(2 ** (format.bits - 1)))), [[0.01], [0.02]])
+    x = torch.ones(m, k)
+    assert_within(run_linear(kernel, x, weight, None, spec), *expected_linear(kernel, x, weight, None, spec))
+    with pytest.raises(ValueError, match="131072"):
+        ops.linear_int32(torch.ones(1, k, dtype=torch.int8), weight, kernel=kernel.name)
+
+
+# ---- the row quantizer -----------------------------------------------------------------------------------------------
+
+
+def quantized_by(kernel, x, format):
+    """codes * scale of each row of x, as float32: what a kernel makes of an identity matrix with scales of one."""
+    k = x.shape[1]
+    _, layout = ops.prepare("linear", weight_of(format, torch.eye(k, dtype=torch.int64), [[1.0]]), kernel=kernel.name,
+                            input_spec=pe.formats.A8)  # fmt: skip
+    return bare_linear(kernel, x.contiguous(), layout, (k, k), x.new_empty((len(x), k), dtype=torch.float32))
+
+
+def assert_quantizes_like_the_reference(kernel, x, format):
+    q, scale = reference.quantize_rows(x.float().numpy())
+    # The product of a code and a scale names the code: one multiplication in float32, rounded as the kernel's.
+    expected = q.astype(np.float32) * scale[:, None]
+    np.testing.assert_array_equal(quantized_by(kernel, x, format).numpy(), expected)
+
+
+any_float = st.one_of(
+    st.floats(width=32),
+    st.sampled_from([0.0, 127.0, 0.5, 1.5, -2.5, 63.5, 1e-45, 3.7e-37, 3.8e-37, 3e38, float("inf"), float("nan")]),
+    st.integers(-254, 254).map(lambda i: i / 2),
+)
+
+
+@integer_kernels
+@given(data=st.data(), k=st.sampled_from([1, 7, 8, 31, 32, 33, 70]))
+def test_row_quantizer_equals_the_reference_to_the_bit(kernel, format, spec, data, k):
+    rows = data.draw(st.lists(st.lists(any_float, min_size=k, max_size=k), min_size=1, max_size=3))
+    assert_quantizes_like_the_reference(kernel, torch.tensor(rows, dtype=torch.float32), format)
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_X)
+@integer_kernels
+def test_row_quantizer_equals_the_reference_on_many_rows(kernel, format, spec, dtype):
+    """Rows of random numbers of every size, and 16-bit numbers of every exponent, NaN and infinity included."""
+    x = inputs(2000, 33) * torch.logspace(-37, 36, 2000)[:, None]
+    if dtype != torch.float32:
+        bits = torch.randint(-(2**15), 2**15, (2000, 33), generator=torch.Generator().manual_seed(1))
+        x = torch.cat([x.to(dtype), bits.to(torch.int16).view(dtype)])
+    assert_quantizes_like_the_reference(kernel, x.to(dtype), format)
+
+
+@integer_kernels
+def test_row_quantizer_equals_the_reference_at_the_edges_of_codes(kernel, format, spec):
+    assert_quantizes_like_the_reference(kernel, rows_at_the_edges_of_codes(), format)
+
+
+@integer_kernels
+def test_halves_round_to_even(kernel, format, spec):
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 125.5, 126.5, -126.5]])
+    expected = [[127.0, 0, 2, 2, 0, -2, -2, 126, 126, -126]]
+    assert quantized_by(kernel, x, format).tolist() == expected
+
+
+# ---- float outputs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_X, ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+@kernels
+def test_outputs_are_within_the_bound(kernel, format, spec, activation, dtype):
+    for m, k, n in ((1, 33, 17), (3, 7, 1), (4, 100, 65), (7, 300, 33), (1, 64, 80)):
+        for bias in (None, torch.linspace(-2, 2, n)):
+            weight = random_weight(format, n, k)
+            x = inputs(m, k, dtype)
+            y = run_linear(kernel, x, weight, bias, spec, activation)
+            assert y.dtype == dtype
+            assert_within(y, *expected_linear(kernel, x, weight, bias, spec, activation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_X, ids=str)
+@kernels
+def test_bias_of_another_dtype_or_stride_counts_the_same(kernel, format, spec, dtype):
+    weight, x = random_weight(format, 17, 40), inputs(3, 40, dtype)
+    bias = torch.linspace(-2, 2, 34).to(dtype)[::2]
+    y = run_linear(kernel, x, weight, bias, spec)
+    assert_same_bits(y, run_linear(kernel, x, weight, bias.float().contiguous(), spec))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@kernels
+def test_nan_and_infinity_fill_their_row_and_no_other(kernel, format, spec, bad, activation):
+    weight, bias = random_weight(format, 33, 40), torch.ones(33)
+    for m, row, column in ((1, 0, 39), (5, 3, 0), (6, 0, 33)):
+        clean = inputs(m, 40)
+        x = clean.clone()
+        x[row, column] = bad
+        y = run_linear(kernel, x, weight, bias, spec, activation)
+        others = torch.arange(m) != row
+        assert_same_bits(y[others], run_linear(kernel, clean, weight, bias, spec, activation)[others])
+        if spec.bits or bad != bad:
+            assert y[row].isnan().all()
+        else:  # float activations: what infinity times each weight is
+            assert_within(y, *expected_linear(kernel, x, weight, bias, spec, activation))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-40, 3e-37, 1e-36, 1e-30, 1e30, 3e35])
+@kernels
+def test_rows_of_every_size_are_within_the_bound(kernel, format, spec, size):
+    weight, bias = random_weight(format, 33, 40), torch.linspace(-1, 1, 33)
+    x = inputs(5, 40).clamp(-3, 3) / 3 * size
+    x[1] = 1
+    x[2, 1:] = 0  # one outlier in a row of zeros
+    assert_within(run_linear(kernel, x, weight, bias, spec), *expected_linear(kernel, x, weight, bias, spec))
+    y = run_linear(kernel, x, weight, None, spec)
+    assert_within(y, *expected_linear(kernel, x, weight, None, spec))
+    assert size or not y[[0, 2, 3, 4]].any()
+
+
+@pytest.mark.parametrize("m", [1, 6])
+@kernels
+def test_a_huge_outlier_does_not_make_infinity_or_nan(kernel, format, spec, m):
+    """Compiled kernels with float activations scale the sum, not the weights: they overflow from 2**128 / 128 on."""
+    weight = random_weight(format, 17, 40)
+    x = inputs(m, 40)
+    x[0, 7] = 1e38 if spec.bits or kernel.fallback else 2e36
+    y = run_linear(kernel, x, weight, None, spec)
+    assert_within(y, *expected_linear(kernel, x, weight, None, spec))
+
+
+@kernels
+def test_values_beyond_the_dtype_become_infinity(kernel, format, spec):
+    weight = random_weight(format, 33, 40)
+    x = torch.full((3, 40), 6e4, dtype=torch.float16)
+    y = run_linear(kernel, x, weight, None, spec)
+    assert y.isinf().any()
+    assert_within(y, *expected_linear(kernel, x, weight, None, spec))
+
+
+@compiled_kernels
+def test_flush_to_zero_changes_no_bit(kernel, format, spec, flush_denormal):
+    weight = random_weight(format, 33, 40)
+    small = weight_of(format, torch.eye(40, dtype=torch.int64), [[1e-38]]) if format == INT8 else weight
+    for dtype in DTYPES_OF_X:
+        sizes = torch.tensor([3e-36, 1e-36, 4e-37, 3e-37, 1e-38, 1e-40, 1.0, 2e-6])[:, None]
+        x = (inputs(8, 40).clamp(-1, 1) * sizes).to(dtype)
+        for w in (weight, small):
+            for activation in (None, "gelu", "silu"):
+                flush_denormal(False)
+                exact = run_linear(kernel, x, w, None, spec, activation)
+                flush_denormal(True)
+                flushed = run_linear(kernel, x, w, None, spec, activation)
+                # torch's own guard against this setting must still be up behind the call.
+                assert float(torch.tensor(1e-40) * 1.0) == 0
+                flush_denormal(False)
+                assert_same_bits(exact, flushed)
+        denormal = (exact != 0) & (exact.abs() < 1.17e-38)
+        assert dtype == torch.float16 or format != INT8 or bool(denormal.any())
+
+
+@kernels
+def test_all_zero_weight_rows_give_exactly_the_bias(kernel, format, spec):
+    """Scale 0 means zeros, whatever the codes."""
+    weight, bias = random_weight(format, 33, 40), torch.linspace(-2, 2, 33)
+    scale = weight.scale.clone()
+    scale[::3] = 0
+    zeros = PackedWeight(format, weight.shape, weight.qdata, scale, weight.zero)
+    for m in (1, 5):
+        x = inputs(m, 40) * 1e6
+        assert run_linear(kernel, x, zeros, bias, spec)[:, ::3].equal(bias[::3].expand(m, 11))
+        assert not run_linear(kernel, x, zeros, None, spec)[:, ::3].any()
+        # The other rows are untouched.
+        assert_same_bits(run_linear(kernel, x, zeros, bias, spec)[:, 1::3],
+                         run_linear(kernel, x, weight, bias, spec)[:, 1::3])  # fmt: skip
+
+
+@kernels
+def test_pruned_weight_quantized_by_us_gives_the_bias(kernel, format, spec):
+    if format.encoding not in ("int", "uint") or format.zero_dtype == "float32":
+        pytest.skip("no rounding quantizer")
+    weight = PackedWeight.quantize(torch.zeros(17, 40), format)
+    bias = torch.linspace(-2, 2, 17)
+    if weight.format != format:
+        pytest.skip("stored in another format")
+    assert run_linear(kernel, inputs(3, 40), weight, bias, spec).equal(bias.expand(3, 17))
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@kernels
+def test_leading_dimensions_pass_through(kernel, format, spec):
+    weight, bias = random_weight(format, 17, 40), torch.linspace(-2, 2, 17)
+    x = inputs(6, 40)
+    y = run_linear(kernel, x, weight, bias, spec)
+    assert_same_bits(run_linear(kernel, x.view(2, 3, 40), weight, bias, spec), y.view(2, 3, 17))
+    assert_same_bits(run_linear(kernel, x.view(1, 3, 2, 40), weight, bias, spec), y.view(1, 3, 2, 17))
+    one = run_linear(kernel, x[4], weight, bias, spec)
+    assert one.shape == (17,)
+    assert_within(one[None], *expected_linear(kernel, x[4:5], weight, bias, spec))
+
+
+@kernels
+def test_strided_inputs_give_the_bits_of_their_copies(kernel, format, spec):
+    weight = random_weight(format, 17, 40)
+    wide = inputs(12, 80)
+    for x in (wide[:, ::2], wide[::3, 20:60], inputs(40, 5).t(), inputs(1, 40).expand(5, 40), wide[0, ::2]):
+        assert not x.is_contiguous()
+        y, copied = (run_linear(kernel, v, weight, None, spec) for v in (x, x.contiguous()))
+        if kernel.fallback:  # torch's own operator may add in another order
+            y, copied = y.view(-1, 17), x.reshape(-1, 40)
+            assert_within(y, *expected_linear(kernel, copied, weight, None, spec))
+        else:
+            assert_same_bits(y, copied)
+
+
+@kernels
+def test_empty_batches_and_no_outputs(kernel, format, spec):
+    weight, bias = random_weight(format, 17, 40), torch.ones(17)
+    for shape in ((0, 40), (2, 0, 40), (0, 3, 40)):
+        assert run_linear(kernel, torch.zeros(shape), weight, bias, spec).shape == (*shape[:-1], 17)
+    none = random_weight(format, 0, 40)
+    for shape in ((3, 40), (40,), (0, 40)):
+        assert run_linear(kernel, torch.zeros(shape), none, None, spec).shape == (*shape[:-1], 0)
+
+
+@kernels
+def test_without_inputs_the_output_is_the_bias(kernel, format, spec):
+    """K = 0, in a child: an integer division by zero would end the process."""
+
+    def check():
+        for n in (1, 17):
+            weight, bias = random_weight(format, n, 0), torch.linspace(-2, 2, n)
+            assert run_linear(kernel, torch.zeros(3, 0), weight, bias, spec).equal(bias.expand(3, n))
+            assert run_linear(kernel, torch.zeros(0), weight, None, spec).equal(torch.zeros(n))
+
+    in_child(check)
+
+
+@pytest.mark.parametrize("dtype", DTYPES_OF_X, ids=str)
+@compiled_kernels
+def test_a_row_does_not_depend_on_its_batch(kernel, format, spec, dtype):
+    """To the bit: tiles of every height, both sides of the block of 256 rows, K beyond one widened block of 256."""
+    for k, n in ((300, 70), (13, 5)):
+        weight, x, bias = random_weight(format, n, k), inputs(300, k, dtype), torch.linspace(-1, 1, n)
+        prepared, layout = ops.prepare("linear", weight, spec, kernel=kernel.name)
+        whole = ops.linear_prepared(x, layout, bias, prepared, "gelu")
+        for rows in [*(slice(0, m) for m in range(1, 9)), slice(1, 2), slice(250, 261), slice(299, 300), slice(43, 300)]:
+            assert_same_bits(ops.linear_prepared(x[rows], layout, bias, prepared, "gelu"), whole[rows])
+
+
+# ---- layouts and memory ----------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    f"{kernel.layout.name}-{name}": (kernel.layout, format)
+    for kernel in (*cpu.SUPPORTED, *KERNELS)
+    for name, format in EVERY_FORMAT.items()
+    if kernel.device in ("cpu", "any") and any(
+        kernel.serves(ops.Problem(kernel.op, format, spec, "cpu")) for spec in (FLOAT, pe.formats.A8)
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@given(n=st.integers(0, 40), k=st.integers(1, 70), seed=st.integers(0, 9))
+def test_unpacking_a_layout_gives_the_same_bytes(case, n, k, seed):
+    layout, format = LAYOUTS[case]
+    weight = random_weight(format, n, k, seed)
+    again = layout.unpack(layout.pack(weight), format, (n, k))
+    assert (again.format, again.shape) == (format, (n, k))
+    assert again.tensors().keys() == weight.tensors().keys()
+    for name, tensor in weight.tensors().items():
+        assert_same_bits(again.tensors()[name], tensor)
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_packing_writes_every_byte_of_a_layout(case):
+    """Memory is poisoned with 255: what packing leaves unwritten differs from a layout in memory full of zeros."""
+    layout, format = LAYOUTS[case]
+    weight = random_weight(format, 17, 33)
+    poisoned = layout.pack(weight)
+    torch.use_deterministic_algorithms(False)
+    try:
+        assert layout.pack(weight).equal(poisoned)
+    finally:
+        torch.use_deterministic_algorithms(True)
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@compiled_kernels
+def test_a_kernel_touches_nothing_outside_its_arrays(kernel, format, spec, at_end):
+    """Each array lies against a page without access. The answer is compared too."""
+
+    def check():
+        for m, k, n in ((1, 1, 1), (1, 33, 17), (1, 100, 65), (2, 7, 15), (3, 13, 64), (5, 31, 33), (7, 259, 16), (6, 8, 1)):
+            weight = random_weight(format, n, k)
+            prepared, layout = ops.prepare("linear", weight, spec, kernel=kernel.name)
+            for dtype in DTYPES_OF_X:
+                x, bias = inputs(m, k, dtype), torch.linspace(-1, 1, n)
+                expected = ops.linear_prepared(x, layout, bias, prepared, "gelu")
+                memory = [guarded(t, at_end=at_end) for t in (x, layout, bias, torch.full_like(expected, 7))]
+                # The workspace is promised to be aligned to 64 bytes: rounded up, it may start a little early.
+                workspace = guarded(np.zeros(-(-_C.linear_workspace_bytes(m, k) // 64) * 64, np.uint8), at_end=at_end)
+                (x_at, _), (layout_at, _), (bias_at, _), (y_at, y) = memory
+                code = cpu.DTYPE_CODES[dtype]
+                _C.linear(
+                    cpu._INDEX[kernel.name], x_at, code, m, layout_at, n, k, bias_at, y_at, code,
+                    cpu.ACTIVATION_CODES["gelu"], workspace[0],
+                )  # fmt: skip
+                assert y.tobytes() == expected.view(torch.uint8).numpy().tobytes(), (m, k, n, dtype)
+
+    in_child(check)

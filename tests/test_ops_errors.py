@@ -1,0 +1,108 @@
+"""What the door for tensors refuses: the type of the exception, and a message that names the layer."""
+
+import re
+
+import pytest
+import torch
+from helpers import random_weight
+
+import pyengine as pe
+from pyengine import _C, ops
+from pyengine.formats import parse_format
+
+FORMATS = ("int8", "uint3_g32")  # a compiled kernel and the generic backend
+
+
+@pytest.fixture(params=FORMATS)
+def weight(request):
+    return random_weight(parse_format(request.param), 5, 128)
+
+
+@pytest.fixture(params=["float", "a8"])
+def layer(weight, request):
+    return pe.nn.Linear(weight, torch.zeros(5), input_spec=ops.ACTIVATIONS[request.param], name="encoder.0.q")
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(2, 64), ValueError, "linear 'encoder.0.q': x has K=64, weight has K=128"),
+        (torch.zeros(2, 0), ValueError, "linear 'encoder.0.q': x has K=0, weight has K=128"),
+        (torch.zeros(128, 2), ValueError, "linear 'encoder.0.q': x has K=2, weight has K=128"),
+        (torch.tensor(1.0), ValueError, "linear 'encoder.0.q': x has K=0, weight has K=128"),
+        (torch.zeros(2, 128, dtype=torch.float64), TypeError, "linear 'encoder.0.q': x is torch.float64"),
+        (torch.zeros(2, 128, dtype=torch.int8), TypeError, "linear 'encoder.0.q': x is torch.int8"),
+        (torch.zeros(2, 128, dtype=torch.int64), TypeError, "linear 'encoder.0.q': x is torch.int64"),
+        (torch.zeros(2, 128, dtype=torch.bool), TypeError, "linear 'encoder.0.q': x is torch.bool"),
+        (torch.zeros(2, 128, dtype=torch.complex64), TypeError, "linear 'encoder.0.q': x is torch.complex64"),
+        (torch.zeros(2, 128, device="meta"), TypeError, "linear 'encoder.0.q': x is on meta, weight is on cpu"),
+    ],
+)
+def test_a_layer_refuses_an_input_by_its_name(layer, x, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}") as caught:
+        layer(x)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("activation", ["tanh", "", "ReLU", 1])
+def test_an_unknown_activation_raises_value_error(weight, activation):
+    with pytest.raises(ValueError, match=f"linear: activation {activation!r} is none of"):
+        ops.linear(torch.zeros(2, 128), weight, activation=activation)
+
+
+def test_an_unknown_input_spec_raises_value_error(weight):
+    with pytest.raises(ValueError, match="'a4' is none of float, a8"):
+        ops.linear(torch.zeros(2, 128), weight, input_spec="a4")
+
+
+@pytest.mark.parametrize("shape", [(4,), (6,), (1,), (5, 1), (1, 5), (0,)])
+def test_a_bias_of_another_shape_raises_value_error(weight, shape):
+    """A kernel reads N numbers from it, whatever its size."""
+    with pytest.raises(ValueError, match="bias"):
+        ops.linear(torch.zeros(2, 128), weight, torch.zeros(shape))
+    with pytest.raises(ValueError, match="linear 'q': bias has shape"):
+        pe.nn.Linear(weight, torch.zeros(shape), name="q")
+
+
+def test_a_bias_on_another_device_raises_type_error(weight):
+    with pytest.raises(TypeError, match="bias is on meta"):
+        ops.linear(torch.zeros(2, 128), weight, torch.zeros(5, device="meta"))
+
+
+def test_an_input_on_another_device_raises_type_error(weight):
+    with pytest.raises(TypeError, match="x is on meta, weight is on cpu"):
+        ops.linear(torch.zeros(2, 128, device="meta"), weight)
+
+
+def test_an_unknown_kernel_is_refused(weight):
+    with pytest.raises(NotImplementedError, match=f"linear with {weight.format.name}"):
+        ops.prepare("linear", weight, kernel="linear_int9_portable")
+
+
+def test_a_forced_kernel_that_does_not_serve_the_format_is_refused():
+    with pytest.raises(NotImplementedError, match="int4_g32"):
+        ops.prepare("linear", random_weight(parse_format("int4_g32"), 5, 128), kernel="linear_int8_portable")
+    with pytest.raises(NotImplementedError, match="a8"):
+        ops.prepare("linear", random_weight(parse_format("int8"), 5, 128), ops.ACTIVATIONS["a8"],
+                    kernel="linear_int8_portable")  # fmt: skip
+
+
+# ---- the binding -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [len(_C.kernels()), 10**6])
+def test_a_wrong_kernel_index_raises_index_error(index):
+    with pytest.raises(IndexError, match=f"no kernel at index {index}"):
+        _C.linear(index, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(IndexError, match=f"no kernel at index {index}"):
+        _C.embedding(index, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_a_negative_kernel_index_is_refused():
+    with pytest.raises(TypeError):
+        _C.linear(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def test_an_unknown_instruction_set_is_not_supported():
+    assert not _C.isa_supported("avx512_nonsense")
+    assert _C.isa_supported("portable")
