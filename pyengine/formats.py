@@ -106,7 +106,7 @@ def parse_format(name: str) -> WeightFormat:
     kind, bits, binary, ternary, group, scale, zero = match.groups()
     group_size = int(group or 0)
     try:
-        return WeightFormat(
+        format = WeightFormat(
             encoding=kind or binary or ternary,
             bits=int(bits) if bits else 1 if binary else 2,
             group_size=group_size,
@@ -115,6 +115,9 @@ def parse_format(name: str) -> WeightFormat:
         )
     except ValueError as error:
         raise FormatError(f"weight format {name!r}: {error}") from None
+    if format.name != name:
+        raise FormatError(f"weight format {name!r} is called {format.name!r}")
+    return format
 
 
 # The formats that the golden bytes in tests/golden freeze, and that the documentation lists.

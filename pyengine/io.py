@@ -61,12 +61,11 @@ def save(model: nn.Module, path: PathLike) -> None:
     """
     layers, aliases = _packed_layers(model)
     rest, volatile = _float_tensors(model, aliases)
-    entries = {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in rest.items()}
+    entries = {name: _entry(tensor) for name, tensor in rest.items()}
     described: dict[str, LayerEntry] = {}
     for name, layer in layers.items():
-        tensors = _layer_tensors(name, layer)
-        entries.update({part: Entry(tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()})
-        described[name] = _layer_entry(layer, checksum(tensors.values()))
+        described[name], parts = _describe_layer(name, layer)
+        entries.update(parts)
     metadata = write_manifest(
         described,
         recipe=list(model.__dict__.get("pyengine_recipe", ())),
@@ -167,16 +166,23 @@ def _content(layers: dict[str, PackedModule], rest: dict[str, Tensor]) -> Iterat
         yield name, _plain(tensor)
 
 
-def _layer_entry(layer: PackedModule, crc32: str) -> LayerEntry:
-    return LayerEntry(
+def _entry(tensor: Tensor) -> Entry:
+    return Entry(tensor.dtype, tuple(tensor.shape))
+
+
+def _describe_layer(name: str, layer: PackedModule) -> tuple[LayerEntry, dict[str, Entry]]:
+    """A packed layer for the manifest, and its tensors for the header."""
+    tensors = _layer_tensors(name, layer)
+    described = LayerEntry(
         op=layer.op,
         format=layer.format,
         input_spec=layer.input_spec,
         shape=layer.prepared.shape,
         dtype=layer.dtype,
-        crc32=crc32,
+        crc32=checksum(tensors.values()),
         padding_idx=layer.padding_idx if isinstance(layer, Embedding) else None,
     )
+    return described, {part: _entry(tensor) for part, tensor in tensors.items()}
 
 
 # ---- what is in a file ---------------------------------------------------------------------------
@@ -355,6 +361,9 @@ def _fill(
     for name, first in packed.items():
         entry = manifest.layers[first]
         _check_layer(name, entry, layers.get(name), _has_bias(file, first, entry))
+    for name, place in layers.items():
+        fits = name in packed or not isinstance(place.content, PackedModule)
+        need(fits, f"layer {name!r} is packed in the model and float in the file")
     _check_names(file, manifest, rest, {*packed, *tensors})
     source = _check_tensors(file, manifest, rest, tensors, complete)
 
@@ -380,7 +389,7 @@ def _fill(
 
 
 def _places(model: nn.Module, packed: dict[str, str]) -> tuple[dict[str, Place], dict[str, Place]]:
-    """Every module and every tensor of the model by name, but for the tensors of layers that get packed.
+    """Every module and every tensor of the model by name, the tensors of packed layers left out.
 
     Only modules that are registered count: a name out of a file is looked up here, never as an attribute.
     """
@@ -390,9 +399,7 @@ def _places(model: nn.Module, packed: dict[str, str]) -> tuple[dict[str, Place],
         for key, child in module._modules.items():
             if child is not None:
                 layers[_join(prefix, key)] = Place(module, key)
-        if prefix not in packed:
-            where = f"layer {prefix!r} is packed in the model and float in the file"
-            need(not isinstance(module, PackedModule), where)
+        if prefix not in packed and not isinstance(module, PackedModule):
             tensors.update({_join(prefix, key): Place(module, key) for key in _own_tensors(module)})
     return layers, tensors
 

@@ -90,8 +90,8 @@ _DTYPES = frozenset(FLOAT_DTYPES)
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
-# Whether someone watches the operators that run, and would see nothing of what a kernel does: torch.jit.trace;
-# make_fx, fake tensors and other dispatch modes.
+# Whether someone watches the operators that run, and would see nothing of what a kernel does:
+# torch.jit.trace; make_fx, fake tensors and other dispatch modes.
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 # The innermost transform of torch.func (vmap, grad, jvp and what is made of them), or None.
@@ -144,8 +144,8 @@ def linear_prepared(
 def _linear_transformed(
     x: Tensor, layout: Tensor, bias: Tensor | None, prepared: Prepared, activation: str | None, name: str
 ) -> Tensor:
-    """Under torch.func and forward-mode derivatives, for which a custom op has no rules: the kernel's value with
-    the derivative of F.linear, from operators that have them.
+    """Under torch.func and forward-mode derivatives, for which a custom op has no rules: the kernel's value
+    with the derivative of F.linear, from operators that have them.
     """
     if activation is not None:
         raise NotImplementedError(
@@ -323,13 +323,20 @@ def linear(
 
     Raises TypeError (dtype, device), ValueError (size) and NotImplementedError (no kernel).
     """
-    prepared, layout = prepare("linear", weight, _activation_spec(input_spec), device=x.device)
+    n = weight.shape[0]
+    if x.device != weight.qdata.device:
+        raise TypeError(f"linear: x is on {x.device}, weight is on {weight.qdata.device}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, weight has N={n}")
+    if bias is not None and bias.device != x.device:
+        raise TypeError(f"linear: bias is on {bias.device}, x is on {x.device}")
+    prepared, layout = prepare("linear", weight, _activation_spec(input_spec))
     return linear_prepared(x, layout, bias, prepared, activation)
 
 
 def embedding(ids: Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows of the table: ids (...) int64 or int32 -> (..., K). Raises IndexError for an id outside [0, N)."""
-    prepared, layout = prepare("embedding", weight, device=ids.device)
+    prepared, layout = prepare("embedding", weight)
     return embedding_prepared(ids, layout, prepared, dtype)
 
 

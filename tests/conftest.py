@@ -17,7 +17,8 @@ settings.load_profile("pyengine")
 
 @pytest.fixture(scope="module")
 def poisoned():
-    """torch.empty() is filled with NaN, or with the largest integer: an element that nobody writes shows up."""
+    """torch.empty() is filled with NaN, or with the largest integer: an element that nobody writes shows
+    up."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

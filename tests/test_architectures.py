@@ -16,16 +16,16 @@ IMAGES = {"hidden_act": "gelu", "num_labels": 7}
 
 # Name -> class, configuration, how many layers are packed, types that are left.
 CASES = {
-    "bert": (hf.BertModel, hf.BertConfig(**WIDE), 16, set()),
+    "bert": (hf.BertModel, hf.BertConfig(**WIDE), 15, {"Embedding"}),
     "distilbert": (
         hf.DistilBertModel,
         hf.DistilBertConfig(
             vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=40
         ),
-        16, set(),
+        14, set(),
     ),
     # The word embeddings are the weight of the decoder.
-    "roberta": (hf.RobertaForMaskedLM, hf.RobertaConfig(**WIDE), 15, {"Embedding", "Linear"}),
+    "roberta": (hf.RobertaForMaskedLM, hf.RobertaConfig(**WIDE), 14, {"Embedding", "Linear"}),
     "t5": (
         hf.T5ForConditionalGeneration,
         hf.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
@@ -54,9 +54,9 @@ CASES = {
     ),
     "efficientnet": (
         hf.EfficientNetForImageClassification,
-        hf.EfficientNetConfig(image_size=32, width_coefficient=0.25, depth_coefficient=0.3,
-                              hidden_dim=320, num_labels=7),
-        1, {"Conv2d"},
+        hf.EfficientNetConfig(image_size=32, width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320,
+                              num_labels=7),
+        1, {"Conv2d", "EfficientNetDepthwiseConv2d"},
     ),
     "convnext": (
         hf.ConvNextForImageClassification,
@@ -65,8 +65,8 @@ CASES = {
     ),
     "vit": (
         hf.ViTForImageClassification,
-        hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
-                     patch_size=8, num_labels=7),
+        hf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                     image_size=32, patch_size=8, num_labels=7),
         13, {"Conv2d", "ViTEmbeddings"},
     ),
 }  # fmt: skip
@@ -74,8 +74,8 @@ VISION = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit")
 
 
 def build(name, seed=0):
-    """The model in eval mode. Convolutions and batch norms get torch's own first weights and the statistics of
-    the batch: with those that these models start from, features fade to 1e-27. Biases are not 0.
+    """The model in eval mode. Convolutions and batch norms get torch's own first weights and the statistics
+    of the batch: with those that these models start from, features fade to 1e-27. Biases are not 0.
     """
     torch.manual_seed(seed)
     kind, config, *_ = CASES[name]
@@ -144,9 +144,9 @@ def test_every_layer_with_a_matrix_is_packed_or_listed(name):
 @pytest.mark.parametrize("scheme", ["w8", "w8a8"])
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_stay_close_to_float(name, scheme):
-    """Rounding to 1/127 of the largest of K values is off by a / 127 / sqrt(12) of their rms, where a, the largest
-    over the rms, is below 4.4 here: 1 % for the weights, 1 % for the activations. In L layers that adds up to
-    sqrt(L) times as much at most. The outputs are few: half as much again for chance.
+    """Rounding to 1/127 of the largest of K values is off by a / 127 / sqrt(12) of their rms, where a, the
+    largest over the rms, is below 4.4 here: 1 % for the weights, 1 % for the activations. In L layers that
+    adds up to sqrt(L) times as much at most. The outputs are few: half as much again for chance.
     """
     model = build(name)
     expected = run(model, name)
@@ -177,16 +177,23 @@ def test_a_saved_model_gives_exactly_the_same_again(name, scheme, tmp_path):
         devices.append(torch.get_default_device().type)
         return kind(config)
 
-    loaded = pe.load(file, factory)
+    mapped = pe.load(file, factory)
     assert devices == ["meta"]
-    assert not loaded.training
+    assert not mapped.training
     into = build(name, seed=7)
-    assert pe.load(file, into) is into
-    assert relative_error(run(build(name, seed=7), name), expected) > 0.3
-    for model in (loaded, into):
-        assert_same_bits(run(model, name), expected)
-        tensors = [*model.parameters(), *model.buffers()]
-        assert not any(t.is_meta for t in tensors)
+    assert relative_error(run(into, name), expected) > 0.3
+    assert pe.load(file, into, mmap=False) is into
+    copied = pe.load(file, factory, mmap=False)
+    for model in (mapped, into, copied):
+        assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
         for change in report.changes:
             assert model.get_submodule(change.name).kernel == change.kernel
-    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in packed.parameters())
+        state = model.state_dict()
+        assert state.keys() == packed.state_dict().keys()
+        for key, tensor in packed.state_dict().items():
+            assert_same_bits(state[key], tensor)
+    for model in (into, copied):
+        assert_same_bits(run(model, name), expected)
+    # On a mapped file float tensors are aligned to 8 bytes only, and torch's own float kernels may then add
+    # in another order: 1e-4 is a thousand units, for what many layers make of one.
+    assert relative_error(run(mapped, name), expected) < 1e-4

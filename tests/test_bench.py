@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from pyengine.bench import LINEAR, LinearCase, contenders
-from pyengine.bench.run import time_interleaved
 from torch import nn
 
 import pyengine as pe
 from pyengine import bench, reference
+from pyengine.bench import LINEAR, LinearCase, contenders
+from pyengine.bench.run import time_interleaved
 from pyengine.cli import main
 
 CASE = LinearCase(3, 40, 24)

@@ -21,7 +21,9 @@ def test_extension_links_neither_openmp_nor_torch():
     out = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
     needed = [line for line in out.splitlines() if "NEEDED" in line]
     assert needed
-    assert not [line for line in needed if "gomp" in line or "omp" in line or "torch" in line or "c10" in line]
+    assert not [
+        line for line in needed if "gomp" in line or "omp" in line or "torch" in line or "c10" in line
+    ]
 
 
 def test_no_weak_symbol_comes_from_the_kernels():

@@ -252,7 +252,9 @@ def test_latencies_take_turns_and_count_rounds():
     assert [shape for _, shape in measured] == [(1, 16)] * 10 + [(1, 128)] * 10 + [(8, 128)] * 10
 
 
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization:DeprecationWarning", "ignore:torch.quantize_per:UserWarning"
+)
 def test_runtime_bytes_counts_what_the_layers_hold():
     assert runtime_bytes(nn.Linear(10, 20)) == 4 * (200 + 20)
     packed = pe.nn.Linear.from_float(nn.Linear(10, 20), "w8")

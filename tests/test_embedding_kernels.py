@@ -1,5 +1,7 @@
 """Every embedding kernel of the tables against reference.py: a product of two numbers, so by equality."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,9 @@ def run(kernel, ids, weight, dtype=torch.float32):
 
 
 def expected(ids, weight, dtype=torch.float32):
-    if weight.format.zero_dtype == "float32":  # test_packed.py says how far dequantize() is from the reference there
+    if (
+        weight.format.zero_dtype == "float32"
+    ):  # test_packed.py says how far dequantize() is from the reference there
         return weight.dequantize(dtype)[ids.long()]
     return torch.from_numpy(reference.embedding(ids.numpy(), *arrays(weight))).to(dtype)
 
@@ -63,7 +67,17 @@ def test_rows_equal_the_reference(kernel, format, spec, dtype, n, k, count, seed
 def test_ids_of_any_shape_and_stride(kernel, format, spec, dtype):
     weight = random_weight(format, 50, 33)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50, (4, 6))).to(dtype)
-    for some in (ids, ids[:, ::2], ids.t(), ids[1], ids[1, 2], ids[:1].expand(3, 6), ids[None], ids[:0], ids[:, :0]):
+    for some in (
+        ids,
+        ids[:, ::2],
+        ids.t(),
+        ids[1],
+        ids[1, 2],
+        ids[:1].expand(3, 6),
+        ids[None],
+        ids[:0],
+        ids[:, :0],
+    ):
         y = run(kernel, some, weight)
         assert y.shape == (*some.shape, 33)
         assert_same_bits(y, expected(some, weight))
@@ -97,6 +111,13 @@ def test_an_empty_table_has_no_row_to_read(kernel, format, spec):
 
 
 @compiled_kernels
+def test_float16_scales_count_like_the_same_scales_in_float32(kernel, format, spec):
+    weight = random_weight(replace(format, scale_dtype="float16"), 17, 40)
+    ids = torch.tensor([3, 16])
+    assert_same_bits(run(kernel, ids, weight), expected(ids, weight))
+
+
+@compiled_kernels
 def test_flush_to_zero_changes_no_bit(kernel, format, spec, flush_denormal):
     scale = 1e-39 if format.scale_dtype == "float32" else 6e-8
     weight = weight_of(format, torch.arange(-20, 20).expand(3, 40), torch.full((3, 1), scale))
@@ -125,7 +146,9 @@ def test_a_kernel_touches_nothing_outside_its_arrays(kernel, format, spec, at_en
                 assert _C.embedding(INDEX[kernel.name], ids_at, len(rows), layout_at, n, k, y_at, code) == -1
                 assert got.tobytes() == y.view(torch.uint8).numpy().tobytes()
                 bad_at, _ = guarded(torch.tensor([*rows, n]), at_end=at_end)
-                assert _C.embedding(INDEX[kernel.name], bad_at, len(rows) + 1, layout_at, n, k, y_at, code) == len(rows)
+                assert _C.embedding(
+                    INDEX[kernel.name], bad_at, len(rows) + 1, layout_at, n, k, y_at, code
+                ) == len(rows)
 
     in_child(check)
 
@@ -144,7 +167,9 @@ def test_ids_of_another_dtype_raise_type_error(dtype):
 def test_an_output_dtype_that_is_no_float_of_ours_raises_type_error(name, dtype):
     """Kernels store by the size of the dtype: an integer dtype would get the bits of floats."""
     with pytest.raises(TypeError, match=str(dtype)):
-        pe.ops.embedding(torch.zeros(2, dtype=torch.int64), random_weight(parse_format(name), 3, 8), dtype=dtype)
+        pe.ops.embedding(
+            torch.zeros(2, dtype=torch.int64), random_weight(parse_format(name), 3, 8), dtype=dtype
+        )
 
 
 def test_ids_on_another_device_raise_type_error():

@@ -51,8 +51,29 @@ def test_the_listed_formats_carry_their_own_names():
 
 @pytest.mark.parametrize(
     "name",
-    ["", "int", "int0", "int1", "int9", "int8 ", "INT8", "uint0", "binary2", "ternary_zf32", "int8_g0", "int8_g", "fp8"]
-    + ["int8_zf32", "int4_g32_zf32", "binary_g32_zf32", "int4_g032", "int4_f16_g32", "int8\n", "codebook4", "int8_2of4"],
+    [
+        "",
+        "int",
+        "int0",
+        "int1",
+        "int9",
+        "int8 ",
+        "INT8",
+        "uint0",
+        "binary2",
+        "ternary_zf32",
+        "int8_g0",
+        "int8_g",
+        "fp8",
+        "int8_zf32",
+        "int4_g32_zf32",
+        "binary_g32_zf32",
+        "int4_g032",
+        "int4_f16_g32",
+        "int8\n",
+        "codebook4",
+        "int8_2of4",
+    ],
 )
 def test_an_unknown_format_is_refused_by_name(name):
     with pytest.raises(FormatError, match=re.escape(repr(name))):
@@ -81,13 +102,16 @@ def test_a_format_that_makes_no_sense_is_refused(arguments):
 
 
 @pytest.mark.parametrize(
-    ("group_size", "k", "groups"), [(0, 100, 1), (0, 0, 1), (32, 0, 1), (32, 1, 1), (32, 32, 1), (32, 33, 2), (7, 100, 15)]
+    ("group_size", "k", "groups"),
+    [(0, 100, 1), (0, 0, 1), (32, 0, 1), (32, 1, 1), (32, 32, 1), (32, 33, 2), (7, 100, 15)],
 )
 def test_the_last_group_may_be_short_and_no_codes_have_one_scale(group_size, k, groups):
     assert WeightFormat(group_size=group_size).groups(k) == groups
 
 
-@pytest.mark.parametrize(("bits", "k", "size"), [(8, 3, 3), (4, 3, 2), (3, 8, 3), (3, 9, 4), (1, 0, 0), (1, 9, 2)])
+@pytest.mark.parametrize(
+    ("bits", "k", "size"), [(8, 3, 3), (4, 3, 2), (3, 8, 3), (3, 9, 4), (1, 0, 0), (1, 9, 2)]
+)
 def test_a_row_is_padded_to_whole_bytes(bits, k, size):
     assert WeightFormat("uint", bits, zero_dtype="uint8").row_bytes(k) == size
 
@@ -111,7 +135,7 @@ def test_what_has_no_code_yet_is_refused_by_name(format):
     [("int",), ("float", 8), ("dynamic", 4), ("dynamic", 0), ("static", 7), ("dynamic", 8, True, "column")],
 )
 def test_an_activation_spec_that_makes_no_sense_is_refused(arguments):
-    with pytest.raises(ValueError, match="activation|granularity"):
+    with pytest.raises(ValueError, match=r"activation|granularity"):
         pe.ActivationSpec(*arguments)
 
 
@@ -121,7 +145,7 @@ def test_activation_specs_carry_their_own_names():
     assert pe.ActivationSpec("dynamic", 16).name == "a16"
 
 
-# ---- schemes ---------------------------------------------------------------------------------------------------------
+# ---- schemes -----------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 8), st.sampled_from([0, 8]), st.integers(0, 999_999), st.booleans())
@@ -156,8 +180,28 @@ def test_a_scheme_says_what_its_text_says(text, format, activations, pairs):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "w", "w0", "w9", "w16", "8", "W8", "w8a4", "w8a", "w8_g", "w8_g0", "w8_g-1", "w8_asym_g32", "w8 a8", "w8a8\n"]
-    + ["w1", "w1a8", "w8_static", "int8", "w4_g1000000"],
+    [
+        "",
+        "w",
+        "w0",
+        "w9",
+        "w16",
+        "8",
+        "W8",
+        "w8a4",
+        "w8a",
+        "w8_g",
+        "w8_g0",
+        "w8_g-1",
+        "w8_asym_g32",
+        "w8 a8",
+        "w8a8\n",
+        "w1",
+        "w1a8",
+        "w8_static",
+        "int8",
+        "w4_g1000000",
+    ],
 )
 def test_a_text_that_is_no_scheme_raises_value_error(text):
     with pytest.raises(ValueError, match="scheme"):

@@ -35,7 +35,11 @@ def layer(weight, request):
         (torch.zeros(2, 128, dtype=torch.int64), TypeError, "linear 'encoder.0.q': x is torch.int64"),
         (torch.zeros(2, 128, dtype=torch.bool), TypeError, "linear 'encoder.0.q': x is torch.bool"),
         (torch.zeros(2, 128, dtype=torch.complex64), TypeError, "linear 'encoder.0.q': x is torch.complex64"),
-        (torch.zeros(2, 128, device="meta"), TypeError, "linear 'encoder.0.q': x is on meta, weight is on cpu"),
+        (
+            torch.zeros(2, 128, device="meta"),
+            TypeError,
+            "linear 'encoder.0.q': x is on meta, weight is on cpu",
+        ),
     ],
 )
 def test_a_layer_refuses_an_input_by_its_name(layer, x, error, message):
@@ -87,7 +91,7 @@ def test_a_forced_kernel_that_does_not_serve_the_format_is_refused():
                     kernel="linear_int8_portable")  # fmt: skip
 
 
-# ---- the binding -----------------------------------------------------------------------------------------------------
+# ---- the binding -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [len(_C.kernels()), 10**6])

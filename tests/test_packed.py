@@ -18,12 +18,13 @@ from pyengine.packed import PackedWeight
 SHAPES = [(n, k) for n in (0, 1, 17) for k in (0, 1, 31, 33, 100)]
 shapes = st.sampled_from(SHAPES)
 ROUNDED = {name: format for name, format in EVERY_FORMAT.items() if format.encoding in ("int", "uint")} | {
-    name: parse_format(name) for name in ("int2", "int5_g7", "uint1", "uint1_g32", "uint7_g33_f32", "int4_g32_f32")
+    name: parse_format(name)
+    for name in ("int2", "int5_g7", "uint1", "uint1_g32", "uint7_g33_f32", "int4_g32_f32")
 }
 ROUNDED = {name: format for name, format in ROUNDED.items() if format.zero_dtype != "float32"}
 
 
-# ---- the bitstream ---------------------------------------------------------------------------------------------------
+# ---- the bitstream -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,13 @@ def test_packing_in_blocks_of_rows_equals_packing_at_once(bits, monkeypatch):
     assert packed.unpack_codes(at_once, bits, 33).equal(codes)
 
 
-# ---- rounding --------------------------------------------------------------------------------------------------------
+# ---- rounding ----------------------------------------------------------------------------------------------
 
 # Values that trip rounding: ties, scales that float16 loses at either end, denormals, outliers of 38 decades.
 hostile = st.one_of(
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.5, 7.0, 127.0, 1e-45, -1e-41, 1e-38, 3e-6, 6e4, 9e6, 1e30, -3e38]),
+    st.sampled_from(
+        [0.0, -0.0, 1.0, -1.0, 0.5, 2.5, 7.0, 127.0, 1e-45, -1e-41, 1e-38, 3e-6, 6e4, 9e6, 1e30, -3e38]
+    ),
     st.floats(-8, 8, width=32),
     st.floats(allow_nan=False, allow_infinity=False, width=32),
 )
@@ -76,7 +79,8 @@ hostile = st.one_of(
 
 def assert_rounds_like_the_reference(w, format, pair_sum=False):
     codes, scale, zero = reference.quantize_weight(w, format, pair_sum)
-    if not np.isfinite(scale).all():  # 1-bit weights whose range is wider than float32: no scale can be stored
+    # 1-bit weights whose range is wider than float32 have no scale that could be stored.
+    if not np.isfinite(scale).all():
         with pytest.raises(FormatError, match="not finite"):
             PackedWeight.quantize(torch.from_numpy(w), format, pair_sum=pair_sum)
         return None
@@ -108,21 +112,28 @@ def test_rounding_of_gaussian_weights_equals_the_reference_at_every_size(name, s
     assert_rounds_like_the_reference(w, ROUNDED[name])
 
 
-@given(data=st.data(), shape=shapes, spread=st.sampled_from(["gauss", "uniform", "hostile"]), seed=st.integers(0, 99))
+@given(
+    data=st.data(),
+    shape=shapes,
+    spread=st.sampled_from(["gauss", "uniform", "hostile"]),
+    seed=st.integers(0, 99),
+)
 def test_pair_sums_equal_the_reference_and_keep_their_bound(data, shape, spread, seed):
     rng = np.random.default_rng(seed)
     if spread == "hostile":
         w = data.draw(hnp.arrays(np.float32, shape, elements=hostile))
     else:
-        w = (rng.standard_normal(shape) if spread == "gauss" else rng.uniform(-1, 1, shape)).astype(np.float32)
+        w = (rng.standard_normal(shape) if spread == "gauss" else rng.uniform(-1, 1, shape)).astype(
+            np.float32
+        )
     plain = assert_rounds_like_the_reference(w, parse_format("int8"))
     weight = assert_rounds_like_the_reference(w, parse_format("int8"), pair_sum=True)
     grown = weight.scale > plain.scale
     assert bool((weight.scale >= plain.scale).all())
-    assert bool((weight.scale <= plain.scale * 1.15 * (1 + 2.0**-23)).all())
+    assert bool((weight.scale <= plain.scale * reference.PAIR_MAX_GROWTH * (1 + 2.0**-23)).all())
     values = np.zeros((shape[0], -(-shape[1] // 8) * 8), np.int64)
     values[:, : shape[1]] = reference.code_values(arrays(weight)[0], None, weight.format)
-    octets = np.abs(values).reshape(shape[0], values.shape[1] // 8, 8)
+    octets = np.maximum(np.abs(values), np.abs(~values)).reshape(shape[0], values.shape[1] // 8, 8)
     lanes = [octets[..., list(lanes)].sum(-1).max(axis=1, initial=0) for lanes in reference.PAIR_LANES]
     assert (np.maximum(*lanes)[grown.numpy()[:, 0]] <= reference.PAIR_LIMIT).all()
 
@@ -201,22 +212,27 @@ def test_only_float_matrices_are_rounded():
 
 @pytest.mark.parametrize(
     "format",
-    [WeightFormat("codebook", 4), WeightFormat("float", 16), WeightFormat(sparsity=Sparsity(pattern=(2, 4)))]
-    + [parse_format("ternary"), parse_format("binary_g32")],
+    [
+        WeightFormat("codebook", 4),
+        WeightFormat("float", 16),
+        WeightFormat(sparsity=Sparsity(pattern=(2, 4))),
+        parse_format("ternary"),
+        parse_format("binary_g32"),
+    ],
 )
 def test_a_format_without_rounding_is_refused_by_name(format):
     with pytest.raises(NotImplementedError, match=format.name):
         PackedWeight.quantize(torch.zeros(2, 4), format)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EVERY_FORMAT)
 @given(shape=shapes, seed=st.integers(0, 9))
 def test_dequantize_equals_the_reference(name, shape, seed):
-    """To the bit. With float zero points code - zero is rounded too, which the reference does not do: there a weight
-    may be off by one unit in the last place of the difference, and of the product."""
+    """To the bit. With float zero points code - zero is rounded too, which the reference does not do: there
+    a weight may be off by one unit in the last place of the difference, and of the product."""
     weight = random_weight(EVERY_FORMAT[name], *shape, seed=seed)
     codes, scale, zero, format = arrays(weight)
     expected = reference.dequantize(codes, scale, zero, format)
@@ -243,7 +259,7 @@ def test_nbytes_counts_what_the_file_holds(name):
     assert weight.nbytes == 17 * -(-100 * format.bits // 8) + 17 * groups * per_group
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 
 def parts(name, n=3, k=40):
@@ -260,35 +276,103 @@ def changed(tensor, index, value):
 ATTACKS = {
     "qdata dtype": ("int8", lambda p: {"qdata": p["qdata"].view(torch.int8)}, "qdata is torch.int8"),
     "qdata too few rows": ("int8", lambda p: {"qdata": p["qdata"][1:]}, "qdata has shape"),
-    "qdata too many columns": ("int8", lambda p: {"qdata": torch.zeros(3, 41, dtype=torch.uint8)}, "qdata has shape"),
+    "qdata too many columns": (
+        "int8",
+        lambda p: {"qdata": torch.zeros(3, 41, dtype=torch.uint8)},
+        "qdata has shape",
+    ),
     "qdata flat": ("int8", lambda p: {"qdata": p["qdata"].view(-1)}, "qdata has shape"),
-    "qdata of another width": ("int4", lambda p: {"qdata": torch.zeros(3, 40, dtype=torch.uint8)}, "qdata has shape"),
-    "qdata strided": ("int8", lambda p: {"qdata": p["qdata"].t().contiguous().t()}, "qdata is not contiguous"),
+    "qdata of another width": (
+        "int4",
+        lambda p: {"qdata": torch.zeros(3, 40, dtype=torch.uint8)},
+        "qdata has shape",
+    ),
+    "qdata strided": (
+        "int8",
+        lambda p: {"qdata": p["qdata"].t().contiguous().t()},
+        "qdata is not contiguous",
+    ),
     "shape larger": ("int8", lambda p: {"shape": (4, 40)}, "qdata has shape"),
     "shape negative": ("int8", lambda p: {"shape": (-3, 40)}, "shape"),
     "scale dtype": ("int8", lambda p: {"scale": p["scale"].half()}, "scale is torch.float16"),
     "scale dtype of groups": ("int4_g32", lambda p: {"scale": p["scale"].float()}, "scale is torch.float32"),
     "scale bfloat16": ("int8", lambda p: {"scale": p["scale"].bfloat16()}, "scale is torch.bfloat16"),
     "scale flat": ("int8", lambda p: {"scale": p["scale"].view(-1)}, "scale has shape"),
-    "scale of too few groups": ("int4_g32", lambda p: {"scale": p["scale"][:, :1].contiguous()}, "scale has shape"),
-    "scale strided": ("int4_g32", lambda p: {"scale": p["scale"].t().contiguous().t()}, "scale is not contiguous"),
+    "scale of too few groups": (
+        "int4_g32",
+        lambda p: {"scale": p["scale"][:, :1].contiguous()},
+        "scale has shape",
+    ),
+    "scale strided": (
+        "int4_g32",
+        lambda p: {"scale": p["scale"].t().contiguous().t()},
+        "scale is not contiguous",
+    ),
     "scale expanded": ("int8", lambda p: {"scale": torch.ones(1, 1).expand(3, 1)}, "scale is not contiguous"),
     "scale negative": ("int8", lambda p: {"scale": changed(p["scale"], 2, -1.0)}, "negative or not finite"),
-    "scale NaN": ("int4_g32", lambda p: {"scale": changed(p["scale"], (2, 1), float("nan"))}, "negative or not finite"),
-    "scale infinite": ("int8", lambda p: {"scale": changed(p["scale"], 0, float("inf"))}, "negative or not finite"),
+    "scale NaN": (
+        "int4_g32",
+        lambda p: {"scale": changed(p["scale"], (2, 1), float("nan"))},
+        "negative or not finite",
+    ),
+    "scale infinite": (
+        "int8",
+        lambda p: {"scale": changed(p["scale"], 0, float("inf"))},
+        "negative or not finite",
+    ),
     "zero missing": ("uint4_g32", lambda p: {"zero": None}, "zero points are missing"),
-    "zero where none belongs": ("int8", lambda p: {"zero": torch.zeros(3, 1, dtype=torch.uint8)}, "not part of int8"),
+    "zero where none belongs": (
+        "int8",
+        lambda p: {"zero": torch.zeros(3, 1, dtype=torch.uint8)},
+        "not part of int8",
+    ),
     "zero dtype": ("uint4_g32", lambda p: {"zero": p["zero"].float()}, "zero is torch.float32"),
     "zero dtype of floats": ("uint4_g32_zf32", lambda p: {"zero": p["zero"].byte()}, "zero is torch.uint8"),
-    "zero of too few groups": ("uint4_g32", lambda p: {"zero": p["zero"][:, :1].contiguous()}, "zero has shape"),
-    "zero strided": ("uint4_g32", lambda p: {"zero": p["zero"].t().contiguous().t()}, "zero is not contiguous"),
-    "zero above the largest code": ("uint4_g32", lambda p: {"zero": changed(p["zero"], (2, 1), 16)}, "largest code, 15"),
-    "zero NaN": ("uint4_g32_zf32", lambda p: {"zero": changed(p["zero"], (0, 0), float("nan"))}, "not finite"),
-    "padding bit 7 of int4": (("int4", 3, 33), lambda p: {"qdata": changed(p["qdata"], (2, -1), 0x80)}, "padding"),
-    "padding bit 4 of int4": (("int4", 3, 33), lambda p: {"qdata": changed(p["qdata"], (0, -1), 0x10)}, "padding"),
-    "padding bit of uint3": (("uint3_g32", 3, 33), lambda p: {"qdata": changed(p["qdata"], (1, -1), 0x08)}, "padding"),
-    "padding bit of binary": (("binary_g32", 3, 33), lambda p: {"qdata": changed(p["qdata"], (1, -1), 2)}, "padding"),
-    "ternary code 3": ("ternary", lambda p: {"qdata": changed(p["qdata"], (1, 4), 0b11000000)}, "ternary codes"),
+    "zero of too few groups": (
+        "uint4_g32",
+        lambda p: {"zero": p["zero"][:, :1].contiguous()},
+        "zero has shape",
+    ),
+    "zero strided": (
+        "uint4_g32",
+        lambda p: {"zero": p["zero"].t().contiguous().t()},
+        "zero is not contiguous",
+    ),
+    "zero above the largest code": (
+        "uint4_g32",
+        lambda p: {"zero": changed(p["zero"], (2, 1), 16)},
+        "largest code, 15",
+    ),
+    "zero NaN": (
+        "uint4_g32_zf32",
+        lambda p: {"zero": changed(p["zero"], (0, 0), float("nan"))},
+        "not finite",
+    ),
+    "padding bit 7 of int4": (
+        ("int4", 3, 33),
+        lambda p: {"qdata": changed(p["qdata"], (2, -1), 0x80)},
+        "padding",
+    ),
+    "padding bit 4 of int4": (
+        ("int4", 3, 33),
+        lambda p: {"qdata": changed(p["qdata"], (0, -1), 0x10)},
+        "padding",
+    ),
+    "padding bit of uint3": (
+        ("uint3_g32", 3, 33),
+        lambda p: {"qdata": changed(p["qdata"], (1, -1), 0x08)},
+        "padding",
+    ),
+    "padding bit of binary": (
+        ("binary_g32", 3, 33),
+        lambda p: {"qdata": changed(p["qdata"], (1, -1), 2)},
+        "padding",
+    ),
+    "ternary code 3": (
+        "ternary",
+        lambda p: {"qdata": changed(p["qdata"], (1, 4), 0b11000000)},
+        "ternary codes",
+    ),
     "another format": ("int8", lambda p: {"format": parse_format("int4")}, "qdata has shape"),
     "another group size": ("int8_g32", lambda p: {"format": parse_format("int8_g16")}, "scale has shape"),
 }

@@ -53,7 +53,7 @@ HOOKS = "has hooks, which would be lost"
 EXTRA = "has more than a weight and a bias"
 LEFT = {
     "subclass of Linear": (lambda: Subclass(8, 8), "subclass of Linear: its forward may differ"),
-    "subclass of Embedding": (lambda: type("E", (nn.Embedding,), {})(8, 8), "subclass of Embedding"),
+    "subclass of Embedding": (lambda: type("E", (nn.Embedding,), {})(20, 8), "subclass of Embedding"),
     "Conv1d": (lambda: nn.Conv1d(8, 8, 3), "convolutions are not implemented yet"),
     "Conv2d": (lambda: nn.Conv2d(8, 8, 3), "convolutions are not implemented yet"),
     "ConvTranspose2d": (lambda: nn.ConvTranspose2d(8, 8, 3), "convolutions are not implemented yet"),
@@ -65,7 +65,8 @@ LEFT = {
     "lazy": (lambda: nn.LazyLinear(8), "subclass of Linear"),
     "float64": (lambda: fc().double(), "weight is torch.float64"),
     "complex": (lambda: nn.Linear(8, 8, dtype=torch.complex64), "weight is torch.complex64"),
-    "max_norm": (lambda: nn.Embedding(8, 8, max_norm=1.0), "max_norm changes its weight at run time"),
+    "max_norm": (lambda: nn.Embedding(20, 8, max_norm=1.0), "max_norm changes its weight at run time"),
+    "a table of few rows": (lambda: nn.Embedding(2, 8), "a table of 2 rows: nothing to save"),
     "weight_norm": (lambda: parametrizations.weight_norm(fc()), "parametrized"),
     "orthogonal": (lambda: parametrizations.orthogonal(fc()), "parametrized"),
     "parametrized bias": (
@@ -110,7 +111,7 @@ def test_a_layer_that_cannot_be_packed_is_left_and_listed_with_the_reason(case):
 
 
 def test_the_whole_model_cannot_replace_itself():
-    for root in (nn.Linear(8, 8), nn.Embedding(8, 8)):
+    for root in (nn.Linear(8, 8), nn.Embedding(20, 8)):
         report = pe.quantize_(root, "w8")
         assert report.changes == ()
         assert left(report)[""].startswith("it is the whole model: use pe.nn.Linear.from_float")
@@ -124,6 +125,11 @@ def test_tied_weights_are_left_tied():
     assert model.head.weight is model.emb.weight
     assert left(report) == {"emb": "weight is tied with Linear", "head": "weight is tied with Embedding"}
     assert names(report) == ALL[1:]
+
+
+def test_a_table_is_packed_from_16_rows_on():
+    model = nn.Sequential(nn.Embedding(15, 8), nn.Embedding(16, 8))
+    assert names(pe.quantize_(model, "w8")) == ["1"]
 
 
 def test_weights_that_are_views_of_the_same_memory_count_as_tied():

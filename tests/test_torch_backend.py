@@ -1,5 +1,5 @@
-"""The generic backend: that it is the last resort, and says so. Its numbers are checked in test_linear_kernels.py
-and test_embedding_kernels.py, beside those of the other kernels."""
+"""The generic backend: that it is the last resort, and says so. Its numbers are checked in
+test_linear_kernels.py and test_embedding_kernels.py, beside those of the other kernels."""
 
 import logging
 
@@ -19,7 +19,9 @@ from pyengine.registry import Problem, choose
 
 # A format for which nobody will ever write a kernel.
 ODD = parse_format("uint5_g48_zf32")
-any_float = st.one_of(st.floats(width=32), st.integers(-254, 254).map(lambda i: i / 2), st.sampled_from([3.7e-37, 1e38]))
+any_float = st.one_of(
+    st.floats(width=32), st.integers(-254, 254).map(lambda i: i / 2), st.sampled_from([3.7e-37, 1e38])
+)
 
 
 def assert_quantizes_like_the_reference(x):
@@ -40,7 +42,8 @@ def test_row_quantizer_equals_the_reference_on_rows_of_every_size():
 
 
 def test_row_quantizer_divides_127_by_amax():
-    """In one rounding: torch computes `127 / amax` as 127 * (1 / amax), which is off by one unit for every fourth."""
+    """In one rounding: torch computes `127 / amax` as 127 * (1 / amax), which is off by one unit for every
+    fourth."""
     assert_quantizes_like_the_reference(rows_at_the_edges_of_codes())
 
 

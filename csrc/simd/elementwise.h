@@ -16,9 +16,9 @@ inline Simd::F polynomial(Simd::F x, const float (&c)[n]) {
   return p;
 }
 
-// exp(x) to about 2 ulp for x in [-87, 88], clamped outside (Cephes expf: n ln 2 is taken off in two parts).
+// exp(x) to about 2 ulp, infinity above 88.8; x below -87 counts as -87 (Cephes expf: n ln 2 is taken off in two parts).
 inline Simd::F exp(Simd::F x) {
-  x = Simd::at_most(88.0f, Simd::at_least(-87.0f, x));
+  x = Simd::at_most(89.0f, Simd::at_least(-87.0f, x));
   const Simd::F n = Simd::round(Simd::mul(x, Simd::set(1.44269504f)));
   Simd::F r = Simd::fma(n, Simd::set(-0.693359375f), x);
   r = Simd::fma(n, Simd::set(2.12194440e-4f), r);

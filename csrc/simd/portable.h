@@ -76,7 +76,7 @@ struct Simd {
   }
   // Half to even, for |x| < 2^22: the sum has no bits left for a fraction.
   static F round(F x) { return each([&](int i) { return (x.lane[i] + 12582912.0f) - 12582912.0f; }); }
-  // 2^n for a whole n in [-126, 127]; anything for a NaN.
+  // 2^n for a whole n in [-126, 127], infinity for 128; anything for a NaN.
   static F exp2_integer(F n) {
     return each([&](int i) {
       const int32_t exponent = n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) : 0;

@@ -62,10 +62,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """As reference.quantize_rows: (..., K) -> codes as float32 (..., K), scale (..., 1)."""
     x = x.float()
     amax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
-    inverse = 127.0 / amax
+    # Of two tensors: torch divides a number by a tensor in two roundings.
+    inverse = torch.full_like(amax, 127.0) / amax
     usable = torch.isfinite(inverse) & torch.isfinite(amax)
     codes = torch.where(usable, x * inverse, 0.0).round_().clamp_(-127, 127)
-    scale = torch.where(usable, amax / 127.0, torch.where(torch.isfinite(amax), 0.0, float("nan")))
+    scale = torch.where(usable, amax / torch.full_like(amax, 127.0), torch.where(torch.isfinite(amax), 0.0, float("nan")))
     return codes, scale
 
 

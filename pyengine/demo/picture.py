@@ -20,7 +20,7 @@ AREA_PER_MB = 42.0  # square points
 SHAPE = "1x128"
 
 # Where a label may stand, from its disc's centre, the preferred place first; y points up.
-PLACES = ((0, -1), (0, 1), *((dx, dy) for dx in (-0.5, 0.5, -0.8, 0.8) for dy in (1, -1)), (1, 0), (-1, 0))
+PLACES = ((0, -1), (0, 1), *((dx, dy) for dx in (-0.4, 0.4, -0.85, 0.85) for dy in (1, -1)), (1, 0), (-1, 0))
 GAP = 6  # points around a label
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top in points
@@ -84,7 +84,8 @@ def _label(axes: Any, rows: list[Record], renderer: Any) -> None:
     for row in rows:
         x, y = axes.transData.transform((row["latency"][SHAPE]["median_ms"], row["cosine"])) * scale
         radius = math.sqrt(row["file_bytes"] / 1e6 * AREA_PER_MB / math.pi)
-        discs.append((x - radius, y - radius, x + radius, y + radius))
+        # A disc leaves the corners of its square free.
+        discs.append(_around(x, y, 1.7 * radius, 1.7 * radius))
         centres.append((x, y, radius))
     inside = axes.get_window_extent(renderer)
     taken: list[Box] = list(discs)

@@ -100,8 +100,8 @@ class PackedModule(nn.Module):
         return dequantize_prepared(self.layout, self._prepared, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
-        """Casts and moves: the layout keeps its bytes under .half() and .type(), and is derived anew on another
-        device. From the meta device (to_empty) comes a weight of zeros, until a state_dict is loaded.
+        """Casts and moves: the layout keeps its bytes under .half() and .type(), and is derived anew on
+        another device. From the meta device (to_empty) comes a weight of zeros, until a state_dict is loaded.
         """
         before = self.layout
         probe = fn(torch.empty(0, dtype=self.dtype, device=before.device))

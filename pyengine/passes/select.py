@@ -17,7 +17,8 @@ from ..report import Left
 Pattern = str | Callable[[nn.Module, str], bool]
 Patterns = Pattern | Iterable[Pattern]
 
-# Token types and the like: MiniLM's two rows, of outliers, cost as much cosine as a third of its other layers.
+# Token types and the like: MiniLM's two rows, of outliers, cost as much cosine as a third of its other
+# layers.
 MIN_ROWS = 16
 
 _HOOKS = (
@@ -144,7 +145,9 @@ def _reason(
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm changes its weight at run time"
     if isinstance(module, nn.Embedding) and module.num_embeddings < MIN_ROWS:
-        return f"a table of {module.num_embeddings} rows: nothing to save, and its error would reach every token"
+        return (
+            f"a table of {module.num_embeddings} rows: nothing to save, and its error would reach every token"
+        )
     return None
 
 

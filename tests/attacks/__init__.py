@@ -129,29 +129,3 @@ class File:
 
 def assemble(header, data=b""):
     return struct.pack("<Q", len(header)) + header + data
-
-
-def contents(model):
-    """All that a file says of a model: values, types, formats, ties."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    places = {}
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        plain = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        places[name] = str(tensor.dtype), tuple(tensor.shape), bytes(plain.numpy()), id(tensor)
-    ids = [place[-1] for place in places.values()]
-    packed = {
-        name: (m.op, m.format, m.input_spec, m.prepared.shape, m.dtype, getattr(m, "padding_idx", None))
-        for name, m in modules.items()
-        if hasattr(m, "layout")
-    }
-    ties = [ids.index(i) for i in ids], [list(modules.values()).index(m) for m in modules.values()]
-    return {name: place[:3] for name, place in places.items()}, packed, ties
-
-
-def identities(model):
-    """What may not change when a load fails: the very objects that the model holds, and their values."""
-    held = [*model.modules(), *model.parameters(), *model.buffers(), *model.state_dict(keep_vars=True)]
-    return [id(x) for x in held if not isinstance(x, str)], contents(model), dict(model.__dict__).keys()

@@ -2,8 +2,8 @@
 
     python tests/golden/make.py
 
-A file that exists is never touched: its bytes are the promise that a model saved today reads the same in ten years.
-Whoever has to break that promise deletes the file by hand and raises FORMAT_VERSION.
+A file that exists is never touched: its bytes are the promise that a model saved today reads the same in ten
+years. Whoever has to break that promise deletes the file by hand and raises FORMAT_VERSION.
 """
 
 import json

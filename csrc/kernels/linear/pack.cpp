@@ -38,7 +38,7 @@ void pack_panels(const uint8_t* qdata, const float* scale, int64_t N, int64_t K,
   const Panels panels(N, K);
   std::memset(layout, 0, static_cast<size_t>(panels.codes));
   std::memcpy(layout, scale, static_cast<size_t>(N) * 4);
-  parallel_for(panels.count, 1 + (1 << 16) / (kPanel * panels.depth), [=](int64_t begin, int64_t end) {
+  parallel_for(panels.count, 1 + (1 << 16) / (kPanel * (panels.depth + 1)), [=](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
       uint8_t* panel = layout + panels.codes + p * kPanel * panels.depth;
       const int64_t columns = N - p * kPanel < kPanel ? N - p * kPanel : kPanel;

@@ -1,0 +1,123 @@
+"""Layouts, and the memory that linear kernels touch."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    DTYPES_OF_X,
+    EVERY_FORMAT,
+    INDEX,
+    assert_same_bits,
+    guarded,
+    in_child,
+    inputs,
+    kernel_cases,
+    random_weight,
+    weight_of,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyengine import _C, ops
+from pyengine.backends import KERNELS, cpu
+from pyengine.formats import A8, FLOAT, parse_format
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+compiled_kernels = pytest.mark.parametrize(
+    ("kernel", "format", "spec"), [case for case in kernel_cases("linear") if not case.values[0].fallback]
+)
+INT8 = parse_format("int8")
+LAYOUTS = {
+    f"{kernel.layout.name}-{name}": (kernel.layout, format)
+    for kernel in (*cpu.SUPPORTED, *KERNELS)
+    for name, format in EVERY_FORMAT.items()
+    if kernel.device in ("cpu", "any") and any(
+        kernel.serves(ops.Problem(kernel.op, format, spec, "cpu")) for spec in (FLOAT, A8)
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@given(n=st.integers(0, 40), k=st.integers(1, 70), seed=st.integers(0, 9))
+def test_unpacking_a_layout_gives_the_same_bytes(case, n, k, seed):
+    layout, format = LAYOUTS[case]
+    weight = random_weight(format, n, k, seed)
+    again = layout.unpack(layout.pack(weight), format, (n, k))
+    assert (again.format, again.shape) == (format, (n, k))
+    assert again.tensors().keys() == weight.tensors().keys()
+    for name, tensor in weight.tensors().items():
+        assert_same_bits(again.tensors()[name], tensor)
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_packing_writes_every_byte_of_a_layout(case):
+    """Memory is poisoned with 255: what packing leaves unwritten differs from a layout in memory full of
+    zeros."""
+    layout, format = LAYOUTS[case]
+    weight = random_weight(format, 17, 33)
+    poisoned = layout.pack(weight)
+    torch.use_deterministic_algorithms(False)
+    try:
+        assert layout.pack(weight).equal(poisoned)
+    finally:
+        torch.use_deterministic_algorithms(True)
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@compiled_kernels
+def test_a_kernel_touches_nothing_outside_its_arrays(kernel, format, spec, at_end):
+    """Each array lies against a page without access. The answer is compared too."""
+
+    def check():
+        for m, k, n in (
+            (1, 1, 1),
+            (1, 33, 17),
+            (1, 100, 65),
+            (2, 7, 15),
+            (3, 13, 64),
+            (5, 31, 33),
+            (7, 259, 16),
+            (6, 8, 1),
+        ):
+            weight = random_weight(format, n, k)
+            prepared, layout = ops.prepare("linear", weight, spec, kernel=kernel.name)
+            for dtype in DTYPES_OF_X:
+                x, bias = inputs(m, k, dtype), torch.linspace(-1, 1, n)
+                expected = ops.linear_prepared(x, layout, bias, prepared, "gelu")
+                memory = [guarded(t, at_end=at_end) for t in (x, layout, bias, torch.full_like(expected, 7))]
+                # The workspace is promised to be aligned to 64 bytes: rounded up, it may start a little
+                # early.
+                workspace = guarded(
+                    np.zeros(-(-_C.linear_workspace_bytes(m, k) // 64) * 64, np.uint8), at_end=at_end
+                )
+                (x_at, _), (layout_at, _), (bias_at, _), (y_at, y) = memory
+                code = cpu.DTYPE_CODES[dtype]
+                _C.linear(
+                    INDEX[kernel.name], x_at, code, m, layout_at, n, k, bias_at, y_at, code,
+                    cpu.ACTIVATION_CODES["gelu"], workspace[0],
+                )  # fmt: skip
+                assert y.tobytes() == expected.view(torch.uint8).numpy().tobytes(), (m, k, n, dtype)
+
+    in_child(check)
+
+
+@pytest.mark.parametrize(
+    ("octet", "paired"),
+    [
+        ([-127, -2, 0, 0, -127, -2, 0, 0], True),  # 258 in the lanes 0, 1, 4, 5
+        ([-127, -2, 0, 0, -127, -3, 0, 0], False),
+        ([0, 0, -64, -65, 0, 0, -64, -65], True),  # 258 in the lanes 2, 3, 6, 7
+        ([0, 0, -65, -65, 0, 0, -64, -65], False),
+        ([126, 1, 0, 0, 126, 1, 0, 0], True),  # w + 1 counts where w is not negative
+        ([126, 1, 0, 0, 126, 2, 0, 0], False),
+        ([-127, -2, -2, -127, 0, 0, 0, 0], True),
+    ],
+)
+def test_the_packer_pairs_up_to_the_limit_and_not_beyond(octet, paired):
+    """The flag of each panel, see csrc/kernels/linear/panels.h. Else only one of two code paths would be
+    tested, or the wrong one would run."""
+    values = np.zeros((17, 24), np.int64)
+    values[16, 8:16] = octet
+    layout = cpu.PANELS.pack(weight_of(INT8, values, [[1.0]]))
+    assert layout[2 * 16 * 4 :][:2].tolist() == [1, int(paired)]
