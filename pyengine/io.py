@@ -481,7 +481,7 @@ def _build_layer(name: str, entry: LayerEntry, file: Container, device: torch.de
 def _hang(changes: list[tuple[Place, Any]]) -> None:
     """Set every attribute; on any interruption set all back.
 
-    By setattr, as load_state_dict(assign=True) does: LSTM and the like keep second lists of their parameters.
+    By setattr, as load_state_dict(assign=True) does: LSTM and the like keep a second list of parameters.
     """
     done: list[tuple[Place, Any]] = []
     try:

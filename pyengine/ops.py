@@ -90,12 +90,29 @@ _DTYPES = frozenset(FLOAT_DTYPES)
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
-# Whether someone watches the operators that run, and would see nothing of what a kernel does:
-# torch.jit.trace; make_fx, fake tensors and other dispatch modes.
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-# The innermost transform of torch.func (vmap, grad, jvp and what is made of them), or None.
 _transform = torch._C._functorch.peek_interpreter_stack
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether x has memory that a kernel may read, and nobody watches the operators that run: torch.compile,
+    torch.jit.trace, make_fx and torch.func would see nothing of what a kernel does.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not _is_compiling()
+        and not _is_tracing()
+        and not _dispatch_modes()
+        and _transform() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp...) or forward-mode differentiation is at work."""
+    return not _is_compiling() and (_transform() is not None or forward_ad._current_level >= 0)
 
 
 def linear_prepared(
@@ -116,29 +133,21 @@ def linear_prepared(
         or not shape
         or shape[-1] != prepared.shape[1]
         or x.is_cpu != layout.is_cpu
-        or activation not in cpu.ACTIVATION_CODES
+        or (activation is not None and activation not in cpu.ACTIVATION_CODES)
     ):
         raise _linear_error(x, prepared, activation, layout, name)
-    if (
-        type(x) is not Tensor
-        or _is_compiling()
-        or (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        or not x.is_cpu
-        or _is_tracing()
-        or _dispatch_modes()
-        or _transform() is not None
-        or forward_ad._current_level >= 0
-    ):
-        problem = prepared.problem
-        if not _is_compiling() and (_transform() is not None or forward_ad._current_level >= 0):
-            return _linear_transformed(x, layout, bias, prepared, activation, name)
-        out: Tensor = torch.ops.pyengine.linear(
-            x, layout, bias, *prepared.shape, problem.format.name, problem.input_spec.name,
-            prepared.kernel.layout.name, activation,
-        )  # fmt: skip
-        return out
-    result: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
-    return result
+    differentiable = _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if not differentiable and _is_plain(x):
+        result: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
+        return result
+    if _is_transformed():
+        return _linear_transformed(x, layout, bias, prepared, activation, name)
+    problem = prepared.problem
+    out: Tensor = torch.ops.pyengine.linear(
+        x, layout, bias, *prepared.shape, problem.format.name, problem.input_spec.name,
+        prepared.kernel.layout.name, activation,
+    )  # fmt: skip
+    return out
 
 
 def _linear_transformed(
@@ -173,14 +182,7 @@ def embedding_prepared(
         raise TypeError(f"{where}: indices are on {ids.device}, weight is on {layout.device}")
     if dtype not in _DTYPES:
         raise TypeError(f"{where}: rows of {dtype}, which is none of float32, bfloat16, float16")
-    if (
-        type(ids) is not Tensor
-        or _is_compiling()
-        or not ids.is_cpu
-        or _is_tracing()
-        or _dispatch_modes()
-        or _transform() is not None
-    ):
+    if not _is_plain(ids):
         problem = prepared.problem
         out: Tensor = torch.ops.pyengine.embedding(
             ids, layout, *prepared.shape, problem.format.name, prepared.kernel.layout.name, dtype

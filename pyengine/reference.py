@@ -15,9 +15,9 @@ from .formats import WeightFormat
 
 Array = NDArray[Any]
 
-# Kernels add |a| (w ^ s) of these four of every 8 codes in 16 bits, s being 0 or -1: exact if the larger of |w| and
-# |~w| sums to at most 258, since 258 * 127 = 32766. The quantizer aims at 252 for the sum of |w|: rounding may add
-# a half to each of the four, and ~w one.
+# Kernels add |a| (w ^ s) of these four of every 8 codes in 16 bits, s being 0 or -1: exact if the larger of
+# |w| and |~w| sums to at most 258, since 258 * 127 = 32766. The quantizer aims at 252 for the sum of |w|:
+# rounding may add a half to each of the four, and ~w one.
 PAIR_LANES = ((0, 1, 4, 5), (2, 3, 6, 7))
 PAIR_LIMIT = 258
 PAIR_TARGET = 252
@@ -43,7 +43,7 @@ def unpack_codes(qdata: Array, bits: int, k: int) -> Array:
 
 def spread_groups(per_group: Array, format: WeightFormat, k: int) -> Array:
     """(N, groups) -> (N, k): the value that applies to each code."""
-    return np.repeat(per_group, format.group_size or max(k, 1), axis=1)[:, :k]
+    return np.asarray(np.repeat(per_group, format.group_size or max(k, 1), axis=1)[:, :k])
 
 
 def code_values(codes: Array, zero: Array | None, format: WeightFormat) -> Array:
@@ -51,7 +51,7 @@ def code_values(codes: Array, zero: Array | None, format: WeightFormat) -> Array
     format.require_dense()
     q = codes.astype(np.int64)
     if format.encoding == "int":
-        return q - 2 ** (format.bits - 1)
+        return np.asarray(q - 2 ** (format.bits - 1))
     if format.encoding == "binary":
         return 2 * q - 1
     if format.encoding == "ternary":

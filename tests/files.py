@@ -16,7 +16,7 @@ def quantized(make, scheme="w8a8"):
     for parent in list(model.modules()):
         for key, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, key, pe.nn.Linear.from_float(child, scheme if child.in_features else "w4_g4"))
+                setattr(parent, key, pe.nn.Linear.from_float(child, scheme))
             elif type(child) is nn.Embedding:
                 setattr(parent, key, pe.nn.Embedding.from_float(child, scheme))
     return model

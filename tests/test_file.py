@@ -370,15 +370,21 @@ def test_a_volatile_buffer_that_the_model_has_lost_is_passed_over(path):
     assert not hasattr(loaded, "dropped")
 
 
-def test_an_lstm_runs_with_the_weights_of_the_file(path):
-    """It keeps a second list of its parameters, which has to follow."""
+def test_an_lstm_holds_and_runs_the_weights_of_the_file(path):
+    """It keeps a second list of its parameters, which has to follow; else old weights stay alive in it."""
+    made = []
 
     def make():
-        return nn.Sequential(nn.LSTM(4, 3))
+        made.append(nn.Sequential(nn.LSTM(4, 3)))
+        return made[-1]
 
     model, x = saved(make(), path), torch.randn(5, 4)
     for model_or_factory in (make, make()):
-        assert pe.load(path, model_or_factory)(x)[0].equal(model(x)[0])
+        made.clear()
+        loaded = pe.load(path, model_or_factory)
+        assert len(made) == (model_or_factory is make)
+        assert all(p is q for p, q in zip(loaded[0]._flat_weights, loaded.parameters(), strict=True))
+        assert loaded(x)[0].equal(model(x)[0])
 
 
 def test_a_float_model_of_another_dtype_takes_that_of_the_file(path):

@@ -94,9 +94,9 @@ def saved(request, tmp_path_factory):
 
 
 def test_save_unpacks_one_layer_at_a_time(saved):
-    """Its canonical bytes, and what unpacking takes beside them: two layers at most, of 24."""
+    """Its canonical bytes, as much again while they are checked, and what malloc keeps: 3 layers of 24."""
     _, _, (grown, layouts, _, largest) = saved
-    assert grown < 2 * largest + ALLOWANCE, f"{grown / layouts:.2f} of the layouts"
+    assert grown < 3 * largest + ALLOWANCE, f"{grown / layouts:.2f} of the layouts"
 
 
 @pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "read"])

@@ -112,11 +112,11 @@ def _linear(index: int) -> Callable[..., Tensor]:
         n, k = shape
         size = [*x.shape]
         size[-1] = n
-        y = x.new_empty(size)
+        y = x.new_empty(*size)  # torch parses a list more slowly than it allocates
         m = x.numel() // k if k else math.prod(size[:-1])
         if not x.is_contiguous():
             x = x.contiguous()
-        # The binding has room for small workspaces on its stack: an allocation costs as much as a small kernel.
+        # The binding has room for small workspaces on its stack: allocating costs as much as a small kernel.
         needed = workspace_bytes(m, k)
         workspace = layout.new_empty(needed) if needed > STACK_WORKSPACE else None
         if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):

@@ -66,7 +66,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.full_like(amax, 127.0) / amax
     usable = torch.isfinite(inverse) & torch.isfinite(amax)
     codes = torch.where(usable, x * inverse, 0.0).round_().clamp_(-127, 127)
-    scale = torch.where(usable, amax / torch.full_like(amax, 127.0), torch.where(torch.isfinite(amax), 0.0, float("nan")))
+    scale = torch.where(
+        usable, amax / torch.full_like(amax, 127.0), torch.where(torch.isfinite(amax), 0.0, float("nan"))
+    )
     return codes, scale
 
 
