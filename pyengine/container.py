@@ -30,6 +30,9 @@ from .formats import FormatError
 # times its size while it is parsed.
 MAX_HEADER = 16 << 20
 
+# torch's own tensors begin on a cache line. Its operators may round otherwise where one does not.
+LINE = 64
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -74,6 +77,11 @@ class Entry:
         return self.begin + self.nbytes
 
 
+def _write_order(item: tuple[str, Entry]) -> tuple[bool, int, str]:
+    name, entry = item
+    return entry.nbytes % LINE != 0, -entry.dtype.itemsize, name
+
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -89,15 +97,16 @@ def write(
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     begin, offsets = 0, {}
-    # Wide types first: then every tensor is aligned to its own, since the data begin at a multiple of 8.
-    for name, entry in sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+    # Whole cache lines first, as the data begin with one: these tensors can be used where they lie in a
+    # mapping. Then wide types first, so that each tensor is aligned to its own.
+    for name, entry in sorted(entries.items(), key=_write_order):
         if name in header:
             raise ValueError(f"a tensor cannot be named {name!r}")
         offsets[name], end = begin, begin + entry.nbytes
         header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % LINE)
     if len(text) > MAX_HEADER:
         raise ValueError(f"{len(entries)} tensors make a header of {len(text)} bytes, above {MAX_HEADER}")
     file.write(struct.pack("<Q", len(text)) + text)
@@ -171,37 +180,48 @@ class Container:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own: what is checked in it stays as it was checked.
-
-        The memory goes back to the system with the tensor. malloc would keep it, in holes between what lives
-        longer.
+    def tensor(self, name: str) -> Tensor:
+        """The tensor on the mapping; in memory of its own where the file is not mapped or the tensor begins
+        within a cache line.
         """
-        nbytes = self.entries[name].nbytes
-        if nbytes < mmap.PAGESIZE:
-            return self._read_into(name, torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return self._read_into(name, torch.frombuffer(pages, dtype=torch.uint8))
-
-    def _read_into(self, name: str, data: Tensor) -> Tensor:
-        target, done, begin = as_bytes(data), 0, self.entries[name].begin
-        while done < len(target):
-            got = os.preadv(self._fd, [target[done:]], begin + done)
+        entry = self.entries[name]
+        if self._map is not None and entry.begin % LINE == 0:
+            return _typed(name, entry, self._map, entry.begin)
+        memory = _pages(entry.nbytes)
+        target, done = memoryview(memory), 0
+        while done < entry.nbytes:
+            got = os.preadv(self._fd, [target[done : entry.nbytes]], entry.begin + done)
             if got == 0:
                 raise FormatError("the file was truncated while it was read")
             done += got
-        return _typed(name, self.entries[name], data)
+        return _typed(name, entry, memory, 0)
 
-    def map(self, name: str) -> Tensor:
-        """The tensor on the mapping; in memory where the file is not mapped or the tensor not aligned."""
-        entry = self.entries[name]
-        if self._map is None or not entry.nbytes or entry.begin % entry.dtype.itemsize:
-            return self._read_into(name, torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu"))
-        data = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin)
-        return _typed(name, entry, data)
+    def release(self, names: Iterable[str]) -> None:
+        """Give back the memory of mapped tensors that are no longer used."""
+        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for name in names:
+            entry = self.entries[name]
+            # Whole pages only: those at the edges may belong to a neighbour that is in use.
+            begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > begin:
+                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def _typed(name: str, entry: Entry, data: Tensor) -> Tensor:
+def _pages(nbytes: int) -> mmap.mmap | bytearray:
+    """Memory that goes back to the system when it is no longer used. malloc would keep it, in holes between
+    what lives longer.
+    """
+    small = nbytes < mmap.PAGESIZE
+    return bytearray(nbytes) if small else mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _typed(name: str, entry: Entry, memory: Any, start: int) -> Tensor:
+    """The tensor whose bytes lie in memory from start on, not copied."""
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    data = torch.frombuffer(memory, dtype=torch.uint8, count=entry.nbytes, offset=start)
     if entry.dtype == torch.bool and bool((data > 1).any()):
         raise FormatError(f"tensor {name!r} has bool values that are neither 0 nor 1")
     return data.view(entry.dtype).view(entry.shape)

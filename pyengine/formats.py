@@ -95,7 +95,7 @@ def default_scale_dtype(group_size: int) -> str:
     return "float16" if group_size else "float32"
 
 
-_NAME = re.compile(r"(?:(int|uint)([1-8])|(binary)|(ternary))(?:_g([1-9]\d{0,8}))?(?:_(f16|f32))?(_zf32)?")
+_NAME = re.compile(r"(?:(int|uint)([1-8])|(binary)|(ternary))(?:_g([1-9][0-9]{0,8}))?(?:_(f16|f32))?(_zf32)?")
 
 
 def parse_format(name: str) -> WeightFormat:

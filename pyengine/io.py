@@ -227,7 +227,7 @@ def describe(path: PathLike) -> dict[str, Any]:
 
         def summary(names: list[str], crc32: str) -> dict[str, Any]:
             size = sum(file.entries[name].nbytes for name in names)
-            intact = checksum(file.map(name) for name in names) == crc32
+            intact = checksum(file.tensor(name) for name in names) == crc32
             return {"bytes": size, "crc32": crc32, "intact": intact}
 
         layers = [
@@ -272,7 +272,7 @@ def load(
     function that makes one: it is called under the meta device, so that the float weights are never
     allocated, and the result is returned in eval mode. mmap: tensors that stay float lie on the mapped file,
     paged in when used (do not truncate or overwrite the file under them; save() does not); False reads them
-    into memory. Packed layers are read and derived one by one.
+    into memory. Packed layers are derived one by one, and each one's source is released.
 
     The file is checked before anything is allocated or changed. Raises FormatError with the name of the layer
     and what is wrong, and leaves a given model as it was.
@@ -367,8 +367,11 @@ def _fill(
     _check_names(file, manifest, rest, {*packed, *tensors})
     source = _check_tensors(file, manifest, rest, tensors, complete)
 
-    built = {name: _build_layer(name, entry, file, device) for name, entry in manifest.layers.items()}
-    values = {name: file.map(name) for name in rest}
+    built: dict[str, PackedModule] = {}
+    for name, entry in manifest.layers.items():
+        built[name] = _build_layer(name, entry, file, device)
+        file.release(_layer_parts(file, name, entry))
+    values = {name: file.tensor(name) for name in rest}
     need(
         checksum(values.values()) == manifest.rest,
         "the checksum of the float tensors does not match, the file is damaged",
@@ -461,7 +464,8 @@ def _check_tensors(
 
 
 def _build_layer(name: str, entry: LayerEntry, file: Container, device: torch.device) -> PackedModule:
-    parts = {part.rpartition(".")[2]: file.read(part) for part in _layer_parts(file, name, entry)}
+    names = _layer_parts(file, name, entry)
+    parts = {part.rpartition(".")[2]: file.tensor(part) for part in names}
     intact = checksum(parts.values()) == entry.crc32
     need(intact, f"layer {name!r}: its checksum does not match, the file is damaged")
     moved = {part: tensor.to(device) for part, tensor in parts.items()}

@@ -63,7 +63,15 @@ def unpack_codes(qdata: Tensor, bits: int, k: int) -> Tensor:
 
 
 def _spread(per_group: Tensor, format: WeightFormat, k: int) -> Tensor:
-    return per_group.repeat_interleave(format.group_size, 1)[:, :k] if format.group_size else per_group
+    if not format.group_size:
+        return per_group
+    return per_group.repeat_interleave(min(format.group_size, max(k, 1)), 1)[:, :k]
+
+
+def _within(tensor: Tensor, low: float, high: float) -> bool:
+    """Whether all elements lie in [low, high]; a NaN does not. Without temporaries of the tensor's size."""
+    smallest, largest = torch.aminmax(tensor)
+    return bool(low <= smallest) and bool(largest <= high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +98,7 @@ class PackedWeight:
         groups = self.format.groups(k)
         self._check("qdata", self.qdata, torch.uint8, (n, self.format.row_bytes(k)))
         self._check("scale", self.scale, DTYPES[self.format.scale_dtype], (n, groups))
-        if not bool((torch.isfinite(self.scale) & (self.scale >= 0)).all()):
+        if self.scale.numel() and not _within(self.scale, 0, torch.finfo(self.scale.dtype).max):
             raise FormatError("scale has values that are negative or not finite")
         if (self.zero is None) != (self.format.zero_dtype is None):
             raise FormatError(
@@ -143,6 +151,8 @@ class PackedWeight:
         return named if self.zero is None else {**named, "zero": self.zero}
 
     def to(self, device: torch.device) -> PackedWeight:
+        if device == self.qdata.device:
+            return self
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, **moved)  # type: ignore[arg-type]
 

@@ -82,8 +82,9 @@ def _rows_offset(n: int) -> int:
 def _pack_rows(weight: PackedWeight) -> Tensor:
     n, k = weight.shape
     start = _rows_offset(n)
-    layout = torch.zeros(start + n * k, dtype=torch.uint8, device="cpu")
+    layout = torch.empty(start + n * k, dtype=torch.uint8, device="cpu")
     layout[: 4 * n].view(torch.float32).copy_(weight.scale.view(-1))
+    layout[4 * n : start].zero_()
     layout[start:].view(n, k).copy_(weight.qdata)
     return layout
 

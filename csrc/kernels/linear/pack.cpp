@@ -10,11 +10,16 @@ namespace {
 
 constexpr uint32_t kSignBits = 0x80808080u;  // offset binary to two's complement and back
 
-// Four codes of a row from column k on; zeros past the end.
-uint32_t load_quad(const uint8_t* row, int64_t k, int64_t K) {
-  uint32_t quad = kSignBits;
-  std::memcpy(&quad, row + k, static_cast<size_t>(K - k < 4 ? K - k : 4));
-  return quad ^ kSignBits;
+// One row of the weight into its column of a panel: four codes go to every 64th byte.
+void pack_column(const uint8_t* row, int64_t K, uint8_t* column) {
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4) {
+    uint32_t quad;
+    std::memcpy(&quad, row + k, 4);
+    quad ^= kSignBits;
+    std::memcpy(column + k * kPanel, &quad, 4);
+  }
+  for (int64_t i = 0; k + i < K; i++) column[k * kPanel + i] = row[k + i] ^ 0x80;
 }
 
 // Plain loops over fixed counts, which the compiler turns into vectors.
@@ -41,13 +46,10 @@ void pack_panels(const uint8_t* qdata, const float* scale, int64_t N, int64_t K,
   parallel_for(panels.count, 1 + (1 << 16) / (kPanel * (panels.depth + 1)), [=](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {
       uint8_t* panel = layout + panels.codes + p * kPanel * panels.depth;
-      const int64_t columns = N - p * kPanel < kPanel ? N - p * kPanel : kPanel;
-      for (int64_t k = 0; k < panels.depth; k += 4)
-        for (int64_t column = 0; column < kPanel; column++) {
-          const bool inside = column < columns && k < K;
-          const uint32_t quad = inside ? load_quad(qdata + (p * kPanel + column) * K, k, K) : 0;
-          std::memcpy(panel + k * kPanel + 4 * column, &quad, 4);
-        }
+      const int64_t columns = std::min(kPanel, N - p * kPanel);
+      if (columns < kPanel || K < panels.depth) std::memset(panel, 0, static_cast<size_t>(kPanel * panels.depth));
+      for (int64_t column = 0; column < columns; column++)
+        pack_column(qdata + (p * kPanel + column) * K, K, panel + 4 * column);
       layout[panels.paired + p] = is_paired(reinterpret_cast<const int8_t*>(panel), panels.depth);
     }
   });
