@@ -190,7 +190,7 @@ class PackedWeight:
             raise ValueError(f"weight has {weight.dim()} dimensions, not 2")
         if not weight.is_floating_point():
             raise TypeError(f"weight is {weight.dtype}, not a float type")
-        if format.encoding not in ("int", "uint"):
+        if format.encoding not in ("int", "uint") or format.zero_dtype == "float32":
             raise NotImplementedError(f"format {format.name}: no rounding quantizer")
         n, k = weight.shape
         weight = weight.detach()

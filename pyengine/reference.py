@@ -101,6 +101,8 @@ def quantize_weight(
     would lose (overflow, or below its normal range) make the whole tensor float32: see stored_scale().
     """
     format.require_dense()
+    if format.encoding not in ("int", "uint") or format.zero_dtype == "float32":
+        raise NotImplementedError(f"format {format.name}: no rounding quantizer")
     w = w.astype(np.float32)
     top = 2 ** (format.bits - 1) - 1 if format.encoding == "int" else 2**format.bits - 1
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -111,12 +113,10 @@ def quantize_weight(
                 scale = np.where(
                     wanted <= scale * np.float32(PAIR_MAX_GROWTH), np.maximum(scale, wanted), scale
                 )
-        elif format.encoding == "uint":
+        else:
             low = np.minimum(_grouped(w, format, 0.0).min(axis=2), np.float32(0))
             high = np.maximum(_grouped(w, format, 0.0).max(axis=2), np.float32(0))
             scale = high / np.float32(top) - low / np.float32(top)
-        else:
-            raise NotImplementedError(f"format {format.name}: no rounding quantizer")
         scale = np.where(np.isfinite(np.float32(1) / scale), scale, np.float32(0)).astype(np.float32)
         scale = stored_scale(scale, format)
         step = spread_groups(scale.astype(np.float32), format, w.shape[1])
