@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -86,10 +87,12 @@ def _compress(arguments: argparse.Namespace) -> int:
     from .scheme import Scheme
 
     target = Path(arguments.output)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(target))
     if target.exists() and not arguments.force:
         raise ValueError(f"{target} exists; --force replaces it")
     if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(2, "No such folder", str(target.parent))
+        raise FileNotFoundError(errno.ENOENT, "No such folder", str(target.parent))
     scheme = Scheme.parse(arguments.scheme)
     model = make_model(arguments.model)
     if arguments.weights is not None:

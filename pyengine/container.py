@@ -44,6 +44,22 @@ PathLike = str | os.PathLike[str]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def check_storable(name: str, tensor: Tensor) -> None:
+    """Raises TypeError or ValueError, with the name, for a tensor that a file cannot hold."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        kind = type(tensor).__name__ if tensor.layout == torch.strided else str(tensor.layout)
+        raise TypeError(f"tensor {name!r} is a {kind}, not a dense tensor, and cannot be saved")
+    if tensor.dtype not in _NAMES:
+        raise TypeError(f"tensor {name!r} is {tensor.dtype}, which a file cannot hold")
+    if tensor.is_meta:
+        raise ValueError(f"tensor {name!r} is on the meta device: it has no values to save")
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Contiguous, on the CPU; a copy only where it has to be one."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied."""
     # Not reshape(-1), which keeps the odd stride that a single element may have.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .container import DTYPES, Container, Entry, PathLike, checksum, replacing, write
+from .container import Container, Entry, PathLike, check_storable, checksum, plain, replacing, write
 from .formats import FormatError
 from .manifest import (
     FLOAT_LAYERS,
@@ -56,8 +56,8 @@ def save(model: nn.Module, path: PathLike) -> None:
     beside the target and renamed over it, so that saving onto the file that the model was mapped from works
     too. Packed layers are unpacked one by one.
 
-    Raises TypeError for state that is not a dense tensor, ValueError for tensors on the meta device and for a
-    model that is itself a packed layer.
+    Raises TypeError for state that is not a dense tensor or that a packed layer in a file cannot have,
+    ValueError for tensors on the meta device and for a model that is itself a packed layer.
     """
     layers, aliases = _packed_layers(model)
     rest, volatile = _float_tensors(model, aliases)
@@ -69,7 +69,7 @@ def save(model: nn.Module, path: PathLike) -> None:
     metadata = write_manifest(
         described,
         recipe=list(model.__dict__.get("pyengine_recipe", ())),
-        rest=checksum(_plain(rest[name]) for name in sorted(rest)),
+        rest=checksum(plain(rest[name]) for name in sorted(rest)),
         aliases=aliases,
         volatile=volatile,
     )
@@ -117,7 +117,7 @@ def _float_tensors(model: nn.Module, aliases: dict[str, str]) -> tuple[dict[str,
             )
         for key, tensor in own.items():
             name = _join(prefix, key)
-            _check_storable(name, tensor)
+            check_storable(name, tensor)
             if key in module._non_persistent_buffers_set:
                 volatile.append(name)
             first = first_name.setdefault(_identity(tensor), name)
@@ -128,16 +128,6 @@ def _float_tensors(model: nn.Module, aliases: dict[str, str]) -> tuple[dict[str,
     return tensors, volatile
 
 
-def _check_storable(name: str, tensor: Tensor) -> None:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-        kind = type(tensor).__name__ if tensor.layout == torch.strided else str(tensor.layout)
-        raise TypeError(f"tensor {name!r} is a {kind}, not a dense tensor, and cannot be saved")
-    if tensor.dtype not in DTYPES.values():
-        raise TypeError(f"tensor {name!r} is {tensor.dtype}, which a file cannot hold")
-    if tensor.is_meta:
-        raise ValueError(f"tensor {name!r} is on the meta device: it has no values to save")
-
-
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same view of the same memory."""
     place = tensor.data_ptr() if tensor.numel() else id(tensor)
@@ -145,25 +135,22 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return place, tensor.shape, tensor.stride(), *kind
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous, on the CPU; a copy only where it has to be one."""
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-
-
 def _layer_tensors(name: str, layer: PackedModule) -> dict[str, Tensor]:
     """A packed layer's tensors as the file has them, in the order of the checksum."""
     bias = layer._parameters.get("bias")
     tensors = {**layer.packed().tensors(), **({} if bias is None else {"bias": bias})}
+    for more in _own_tensors(layer).keys() - {"layout", "bias"}:
+        raise TypeError(f"layer {name!r} has {more!r}, which a packed {layer.op} in a file cannot have")
     for part, tensor in tensors.items():
-        _check_storable(_join(name, part), tensor)
-    return {_join(name, part): _plain(tensor) for part, tensor in tensors.items()}
+        check_storable(_join(name, part), tensor)
+    return {_join(name, part): plain(tensor) for part, tensor in tensors.items()}
 
 
 def _content(layers: dict[str, PackedModule], rest: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, layer in layers.items():
         yield from _layer_tensors(name, layer).items()
     for name, tensor in rest.items():
-        yield name, _plain(tensor)
+        yield name, plain(tensor)
 
 
 def _entry(tensor: Tensor) -> Entry:

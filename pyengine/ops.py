@@ -40,6 +40,11 @@ class Prepared:
         return self.kernel.layout.unpack(layout, self.problem.format, self.shape)
 
 
+def _where(op: str, name: str) -> str:
+    """What an error message begins with: the op and, where it is known, the layer."""
+    return f"{op} {name!r}" if name else op
+
+
 def prepare(
     op: str,
     weight: PackedWeight,
@@ -51,17 +56,17 @@ def prepare(
 ) -> tuple[Prepared, Tensor]:
     """Choose a kernel and derive its layout.
 
-    kernel forces one by name, for tests and benchmarks. A fallback to the generic backend on a CPU is logged
-    once with the layer's name; under PYENGINE_STRICT=1 it raises NotImplementedError.
+    kernel forces one by name, for tests and benchmarks. A fallback to the generic backend is logged with the
+    layer's name; under PYENGINE_STRICT=1 it raises NotImplementedError.
     """
     device = weight.qdata.device if device is None else device
     problem = Problem(op, weight.format, input_spec, device.type)
     candidates = KERNELS if kernel is None else [k for k in (*cpu.SUPPORTED, *KERNELS) if k.name == kernel]
     chosen = choose(candidates, problem)
     if chosen.fallback and kernel is None:
-        where = f"{op} {name!r}" if name else op
         message = (
-            f"{where}: no kernel for {weight.format.name} with {input_spec.name} activations on {device.type}"
+            f"{_where(op, name)}: no kernel for {weight.format.name} with {input_spec.name} activations "
+            f"on {device.type}"
         )
         if os.environ.get("PYENGINE_STRICT") == "1":
             raise NotImplementedError(message)
@@ -69,21 +74,23 @@ def prepare(
     return Prepared(chosen, problem, weight.shape), chosen.layout.pack(weight.to(device))
 
 
-def _linear_error(
-    x: Tensor, prepared: Prepared, activation: str | None, layout: Tensor, name: str
-) -> Exception:
-    where = f"linear {name!r}" if name else "linear"
+def _check_linear(
+    x: Tensor, layout: Tensor, bias: Tensor | None, prepared: Prepared, activation: str | None, name: str
+) -> None:
+    where, (n, k) = _where("linear", name), prepared.shape
     if x.dtype not in FLOAT_DTYPES:
-        return TypeError(f"{where}: x is {x.dtype}, which is none of float32, bfloat16, float16")
+        raise TypeError(f"{where}: x is {x.dtype}, which is none of float32, bfloat16, float16")
     if x.device != layout.device:
-        return TypeError(f"{where}: x is on {x.device}, weight is on {layout.device}")
-    if not x.dim() or x.shape[-1] != prepared.shape[1]:
-        return ValueError(
-            f"{where}: x has K={x.shape[-1] if x.dim() else 0}, weight has K={prepared.shape[1]}"
-        )
-    return ValueError(
-        f"{where}: activation {activation!r} is none of {', '.join(map(str, cpu.ACTIVATION_CODES))}"
-    )
+        raise TypeError(f"{where}: x is on {x.device}, weight is on {layout.device}")
+    if not x.dim() or x.shape[-1] != k:
+        raise ValueError(f"{where}: x has K={x.shape[-1] if x.dim() else 0}, weight has K={k}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{where}: bias has shape {tuple(bias.shape)}, weight has N={n}")
+    if bias is not None and bias.device != layout.device:
+        raise TypeError(f"{where}: bias is on {bias.device}, weight is on {layout.device}")
+    if activation not in cpu.ACTIVATION_CODES:
+        names = ", ".join(map(str, cpu.ACTIVATION_CODES))
+        raise ValueError(f"{where}: activation {activation!r} is none of {names}")
 
 
 _DTYPES = frozenset(FLOAT_DTYPES)
@@ -127,15 +134,18 @@ def linear_prepared(
     device_type = prepared.problem.device
     if _is_autocast_enabled(device_type) and x.dtype in _DTYPES:
         x = x.to(torch.get_autocast_dtype(device_type))
-    shape = x.shape
+    shape, (n, k), on_cpu = x.shape, prepared.shape, layout.is_cpu
+    # _check_linear in one expression, since a call of it would cost as much as a small kernel.
     if (
         x.dtype not in _DTYPES
         or not shape
-        or shape[-1] != prepared.shape[1]
-        or x.is_cpu != layout.is_cpu
+        or shape[-1] != k
+        or x.is_cpu != on_cpu
+        # The bias may be another than the layer was built with, and a kernel reads N numbers from it.
+        or (bias is not None and (bias.shape != (n,) or bias.is_cpu != on_cpu))
         or (activation is not None and activation not in cpu.ACTIVATION_CODES)
     ):
-        raise _linear_error(x, prepared, activation, layout, name)
+        _check_linear(x, layout, bias, prepared, activation, name)
     differentiable = _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if not differentiable and _is_plain(x):
         result: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
@@ -158,7 +168,7 @@ def _linear_transformed(
     """
     if activation is not None:
         raise NotImplementedError(
-            f"linear {name!r}: no derivative through a fused activation; apply it after the layer"
+            f"{_where('linear', name)}: no derivative through a fused activation; apply it after the layer"
         )
     problem = prepared.problem
     fixed = None if bias is None else bias.detach()
@@ -175,7 +185,7 @@ def embedding_prepared(
     ids: Tensor, layout: Tensor, prepared: Prepared, dtype: torch.dtype, name: str = ""
 ) -> Tensor:
     """pe.ops.embedding on a prepared table."""
-    where = f"embedding {name!r}" if name else "embedding"
+    where = _where("embedding", name)
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"{where}: indices are {ids.dtype}, not int64 or int32")
     if ids.device != layout.device:
@@ -233,6 +243,9 @@ def _linear_impl(
     layout_name: str, activation: str | None,
 ) -> Tensor:  # fmt: skip
     prepared = _resolve("linear", format, input_spec, layout_name, (n, k), x.device.type)
+    # Also where the op is called by its own name: the kernel would write beyond y, or read beyond the bias.
+    if x.shape[-1:] != (k,) or (bias is not None and bias.shape != (n,)):
+        _check_linear(x, layout, bias, prepared, activation, "")
     y: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
     return y
 
@@ -325,13 +338,6 @@ def linear(
 
     Raises TypeError (dtype, device), ValueError (size) and NotImplementedError (no kernel).
     """
-    n = weight.shape[0]
-    if x.device != weight.qdata.device:
-        raise TypeError(f"linear: x is on {x.device}, weight is on {weight.qdata.device}")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, weight has N={n}")
-    if bias is not None and bias.device != x.device:
-        raise TypeError(f"linear: bias is on {bias.device}, x is on {x.device}")
     prepared, layout = prepare("linear", weight, _activation_spec(input_spec))
     return linear_prepared(x, layout, bias, prepared, activation)
 

@@ -183,7 +183,7 @@ class PackedWeight:
     def quantize(cls, weight: Tensor, format: WeightFormat, *, pair_sum: bool = False) -> PackedWeight:
         """Round a float (N, K) weight to nearest: to the bit what reference.quantize_weight states.
 
-        Raises ValueError if the weight is not finite.
+        Raises ValueError if the weight is not finite or has no values.
         """
         format.require_dense()
         if weight.dim() != 2:
@@ -192,6 +192,8 @@ class PackedWeight:
             raise TypeError(f"weight is {weight.dtype}, not a float type")
         if format.encoding not in ("int", "uint") or format.zero_dtype == "float32":
             raise NotImplementedError(f"format {format.name}: no rounding quantizer")
+        if weight.is_meta:
+            raise ValueError("weight is on the meta device: it has no values to quantize")
         n, k = weight.shape
         weight = weight.detach()
         scale = torch.empty(n, format.groups(k), device=weight.device)
@@ -213,16 +215,15 @@ class PackedWeight:
 
 
 def _grouped(w: Tensor, format: WeightFormat) -> Tensor:
-    """(N, K) -> (N, groups, group size), padded with zeros."""
+    """(N, K) -> (N, groups, group size), padded with zeros; a group is at most as long as a row."""
     n, k = w.shape
-    size = format.group_size or max(k, 1)
+    size = max(min(format.group_size or k, k), 1)
     return torch.nn.functional.pad(w, (0, format.groups(k) * size - k)).view(n, -1, size)
 
 
 def _pair_scale(w: Tensor) -> Tensor:
-    octets = torch.nn.functional.pad(w.abs(), (0, -w.shape[1] % 8 or (0 if w.shape[1] else 8))).unflatten(
-        1, (-1, 8)
-    )
+    k = w.shape[1]
+    octets = torch.nn.functional.pad(w.abs(), (0, -k % 8 if k else 8)).unflatten(1, (-1, 8))
     sums = [
         ((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES
     ]

@@ -121,6 +121,13 @@ def test_compress_overwrites_only_with_force(zoo, run):
     assert path.read_bytes() != before
 
 
+@pytest.mark.parametrize("option", [(), ("--force",)])
+def test_compress_into_a_directory_is_bad_usage(zoo, run, option):
+    status, _, err = run("compress", "zoo:make", "-o", ".", "--scheme", "w8", *option)
+    assert status == 2
+    assert "Is a directory" in one_line(err)
+
+
 def test_include_and_exclude_choose_layers(zoo, run):
     arguments = ("compress", "zoo:make", "-o", "m.safetensors", "--scheme", "w8", "--force")
     layers = []

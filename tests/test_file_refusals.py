@@ -134,6 +134,7 @@ REFUSED = {
     "extra_state": (lambda: Holder(x=WithExtraState()), TypeError, "'x._extra_state' is neither"),
     "meta": (lambda: Holder(x=nn.Parameter(torch.zeros(2, device="meta"))), ValueError, "'x' .*meta device"),
     "meta_layer": (lambda: Holder(fc=packed_linear(3, 2)).to("meta"), ValueError, "'fc.qdata' .*meta device"),
+    "more_in_a_layer": (lambda: Holder(fc=with_gain()), TypeError, "'fc' has 'gain'"),
     "sparse": (lambda: Holder(x=torch.eye(3).to_sparse()), TypeError, "'x' is a torch.sparse_coo"),
     "lazy": (lambda: Holder(fc=nn.LazyLinear(3)), TypeError, "'fc.weight' is a UninitializedParameter"),
     "complex128": (lambda: Holder(x=torch.zeros(1).cdouble()), TypeError, "'x' is torch.complex128"),
@@ -145,6 +146,12 @@ REFUSED = {
 
 def padded_beyond():
     return pe.nn.Embedding(packed_linear(4, 4).packed(), padding_idx=9)
+
+
+def with_gain():
+    layer = packed_linear(3, 2)
+    layer.register_buffer("gain", torch.ones(1))
+    return layer
 
 
 @pytest.mark.parametrize(("make", "error", "problem"), REFUSED.values(), ids=REFUSED)

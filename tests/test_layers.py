@@ -174,6 +174,8 @@ def test_building_a_layer_refuses_what_it_cannot_hold_and_names_it():
         source.weight[3, 5] = float("nan")
     with pytest.raises(ValueError, match="linear 'x': weight has values that are not finite"):
         pe.nn.Linear.from_float(source, "w8", name="x")
+    with pytest.raises(ValueError, match="linear 'x': weight is on the meta device"):
+        pe.nn.Linear.from_float(torch.nn.Linear(4, 4, device="meta"), "w8", name="x")
     with pytest.raises(ValueError, match="embedding 'x': max_norm"):
         pe.nn.Embedding.from_float(torch.nn.Embedding(4, 8, max_norm=1.0), "w8", name="x")
 
@@ -393,8 +395,9 @@ def test_only_what_asks_for_a_gradient_gets_one():
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_autocast_gives_the_output_type_of_f_linear(amp, dtype):
-    layer, x = linear(), inputs(5, K, dtype)
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8_g32", "w4_g32"])
+def test_autocast_gives_the_output_type_of_f_linear(scheme, amp, dtype):
+    layer, x = linear(scheme), inputs(5, K, dtype)
 
     def compare():
         out = layer(x)

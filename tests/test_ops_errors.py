@@ -73,9 +73,37 @@ def test_a_bias_on_another_device_raises_type_error(weight):
         ops.linear(torch.zeros(2, 128), weight, torch.zeros(5, device="meta"))
 
 
+@pytest.mark.parametrize("shape", [(4,), (6,), (5, 1), (0,)])
+def test_a_bias_that_was_put_in_later_is_checked_as_well(layer, shape):
+    x, problem = torch.zeros(2, 128), f"linear 'encoder.0.q': bias has shape {shape}, weight has N=5"
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+        torch.func.functional_call(layer, {"bias": torch.zeros(shape)}, (x,))
+    layer.bias = torch.nn.Parameter(torch.zeros(shape))
+    for guard in (torch.no_grad(), torch.enable_grad()):
+        with guard, pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
+            layer(x)
+
+
+def test_a_bias_that_was_moved_away_is_not_left_out(layer):
+    layer.bias = torch.nn.Parameter(torch.ones(5, device="meta"), requires_grad=False)
+    with pytest.raises(TypeError, match=r"^linear 'encoder.0.q': bias is on meta, weight is on cpu$"):
+        layer(torch.zeros(2, 128))
+
+
 def test_an_input_on_another_device_raises_type_error(weight):
     with pytest.raises(TypeError, match="x is on meta, weight is on cpu"):
         ops.linear(torch.zeros(2, 128, device="meta"), weight)
+
+
+def test_the_operator_itself_checks_what_decides_how_much_is_read_and_written():
+    weight = random_weight(parse_format("int8"), 5, 64)
+    prepared, layout = ops.prepare("linear", weight)
+    rest = (5, 64, "int8", "float", prepared.kernel.layout.name, None)
+    for x in (torch.zeros(4, 128), torch.zeros(4, 1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"^linear: x has K=(128|1|0), weight has K=64$"):
+            torch.ops.pyengine.linear(x, layout, None, *rest)
+    with pytest.raises(ValueError, match=r"^linear: bias has shape \(4,\), weight has N=5$"):
+        torch.ops.pyengine.linear(torch.zeros(4, 64), layout, torch.zeros(4), *rest)
 
 
 def test_an_unknown_kernel_is_refused(weight):

@@ -167,6 +167,18 @@ def test_a_non_contiguous_weight_is_rounded_like_its_copy():
     assert a.qdata.is_contiguous()
 
 
+@pytest.mark.parametrize("encoding", ["int", "uint"])
+def test_a_group_longer_than_a_row_takes_no_more_memory_than_the_row(encoding):
+    zero = {"int": None, "uint": "uint8"}[encoding]
+    w = torch.randn(5, 33)
+    row, far = (
+        PackedWeight.quantize(w, WeightFormat(encoding, 4, size, "float32", zero)) for size in (33, 10**15)
+    )
+    for name, tensor in row.tensors().items():
+        assert tensor.equal(far.tensors()[name])
+    assert row.dequantize().equal(far.dequantize())
+
+
 @pytest.mark.parametrize("name", ["int8", "int4_g32", "uint4_g32"])
 def test_all_zero_group_gives_zero_not_nan(name):
     w = torch.randn(4, 96)

@@ -258,6 +258,12 @@ def test_a_pattern_that_matches_nothing_is_an_error_that_quotes_it(arguments):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_malformed_regular_expression_is_a_value_error_that_quotes_it(argument):
+    with pytest.raises(ValueError, match=r"pattern 're:\(' is no regular expression: "):
+        pe.quantize_(make(), "w8", **{argument: "re:("})
+
+
 def test_a_pattern_may_name_a_layer_that_is_left_and_any_name_of_a_shared_one():
     model = make()
     model.conv = nn.Conv1d(4, 4, 1)

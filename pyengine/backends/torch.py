@@ -81,11 +81,13 @@ def _linear(
     activation: str | None,
 ) -> Tensor:
     weight = _views(layout, problem.format, shape).dequantize(torch.float32)
-    if problem.input_spec.mode == "float":
-        y = F.linear(x.float(), weight)
-    else:
-        codes, scale = quantize_rows(x)
-        y = F.linear(codes, weight) * scale
+    # Sums are in float32, also where autocast would have them in less: it has cast x already.
+    with torch.autocast(x.device.type, enabled=False):
+        if problem.input_spec.mode == "float":
+            y = F.linear(x.float(), weight)
+        else:
+            codes, scale = quantize_rows(x)
+            y = F.linear(codes, weight) * scale
     if bias is not None:
         y = y + bias.float()
     out: Tensor = ACTIVATIONS[activation](y)

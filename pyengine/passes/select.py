@@ -41,7 +41,10 @@ def matches(pattern: Pattern, module: nn.Module, name: str) -> bool:
     if callable(pattern):
         return bool(pattern(module, name))
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
     return fnmatch.fnmatchcase(name, pattern)
 
 
