@@ -102,10 +102,3 @@ class Scheme:
         """Whether the pair-sum option applies."""
         fits = self.bits == 8 and self.symmetric and self.activation_bits == 8 and not self.group_size
         return fits if self.pair_sum is None else self.pair_sum and fits
-
-    @property
-    def weight_only(self) -> Scheme:
-        """The same weights with float activations: what an embedding gets."""
-        return Scheme(
-            self.bits, 0, self.group_size, self.symmetric, scale_dtype=self.scale_dtype, pair_sum=False
-        )

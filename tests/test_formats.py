@@ -174,8 +174,6 @@ def test_name_and_scheme_parse_are_inverse(bits, activation_bits, group_size, sy
 def test_a_scheme_says_what_its_text_says(text, format, activations, pairs):
     scheme = Scheme.parse(text)
     assert (scheme.format.name, scheme.input_spec.name, scheme.pairs) == (format, activations, pairs)
-    assert scheme.weight_only.format == scheme.format
-    assert scheme.weight_only.input_spec.mode == "float"
 
 
 @pytest.mark.parametrize(
