@@ -1,5 +1,6 @@
 """Settings of hypothesis, and fixtures that change global state and put it back."""
 
+import logging
 import os
 import sys
 
@@ -43,3 +44,14 @@ def flush_denormal():
     torch.set_flush_denormal(False)
     yield torch.set_flush_denormal
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def quiet(caplog):
+    """Loading warns of each layer without a fast kernel."""
+    caplog.set_level(logging.CRITICAL, "pyengine")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"

@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import logging
 import os
 import signal
 import subprocess
@@ -16,16 +15,7 @@ from files import contents
 
 import pyengine as pe
 
-
-@pytest.fixture(autouse=True)
-def quiet(caplog):
-    """Loading warns of each layer without a fast kernel."""
-    caplog.set_level(logging.CRITICAL, "pyengine")
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

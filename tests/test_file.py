@@ -1,6 +1,5 @@
 """save and load: what goes into a file comes out of it, and a load that fails changes nothing."""
 
-import logging
 import os
 from pathlib import Path
 
@@ -18,16 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import pyengine as pe
 
-
-@pytest.fixture(autouse=True)
-def quiet(caplog):
-    """Loading warns of each layer without a fast kernel."""
-    caplog.set_level(logging.CRITICAL, "pyengine")
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # ---- round trips -----------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What load and save refuse, what they leave alone then, and the file itself."""
 
 import json
-import logging
 import os
 import stat
 
@@ -17,16 +16,7 @@ from torch import nn
 import pyengine as pe
 from pyengine.container import MAX_HEADER
 
-
-@pytest.fixture(autouse=True)
-def quiet(caplog):
-    """Loading warns of each layer without a fast kernel."""
-    caplog.set_level(logging.CRITICAL, "pyengine")
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # ---- failures change nothing -----------------------------------------------------------------------------
