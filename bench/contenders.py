@@ -102,7 +102,7 @@ def _bind_kernel(
     (m, k), n, bias, code = x.shape, layer.out_features, layer.bias, cpu.DTYPE_CODES[x.dtype]
     assert bias is not None
     y = x.new_full((m, n), math.nan)
-    workspace = torch.empty(_C.linear_workspace_bytes(m, k), dtype=torch.uint8)
+    workspace = torch.empty(_C.linear_workspace_bytes(index, m, k), dtype=torch.uint8)
 
     def call(layout: Tensor) -> Any:
         run: Any = functools.partial(

@@ -3,7 +3,12 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #include "cpu_features.h"
 #include "kernels/embedding/embedding.h"
@@ -33,6 +38,48 @@ const Entry<EmbeddingKernel> kEmbedding[] = {
 #include "kernels/embedding/kernels.inc"
 };
 
+// A function of integers in Python's vectorcall convention: pybind11's look at overloads and keywords would take a
+// tenth of a small layer's time.
+template <auto kFunction>
+struct Fast;
+
+template <class Result, class... Args, Result (*kFunction)(Args...)>
+struct Fast<kFunction> {
+  static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    try {
+      if (count != sizeof...(Args)) throw py::type_error("takes " + std::to_string(sizeof...(Args)) + " integers");
+      return call(args, std::index_sequence_for<Args...>());
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (const py::builtin_exception& error) {
+      error.set_error();
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+  }
+
+  template <size_t... kIndex>
+  static PyObject* call(PyObject* const* args, std::index_sequence<kIndex...>) {
+    const int64_t values[] = {PyLong_AsLongLong(args[kIndex])...};
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if constexpr (std::is_void_v<Result>) {
+      kFunction(static_cast<Args>(values[kIndex])...);
+      Py_RETURN_NONE;
+    } else {
+      return PyLong_FromLongLong(kFunction(static_cast<Args>(values[kIndex])...));
+    }
+  }
+
+  static py::object define(const char* name) {
+    static PyMethodDef method{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
+                                        static_cast<_PyCFunctionFast>(&call))), METH_FASTCALL, nullptr};
+    return py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
+  }
+};
+
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -60,9 +107,25 @@ py::list kernels() {
   return rows;
 }
 
-// A workspace of at most this many bytes need not be passed.
-constexpr int64_t kStackWorkspace = 16 << 10;
+// Memory for a workspace: on the stack where it fits, since allocating costs as much as a small kernel.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    if (bytes <= static_cast<int64_t>(sizeof(stack_))) return;
+    heap_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64))));
+    if (!heap_) throw std::bad_alloc();
+  }
+  uint8_t* data() { return heap_ ? heap_.get() : stack_; }
 
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t[], Free> heap_;
+  alignas(64) uint8_t stack_[16 << 10];
+};
+
+// workspace 0: allocated here for the time of the call.
 void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layout, int64_t N, int64_t K,
                 uintptr_t bias, uintptr_t y, int y_type, int activation, uintptr_t workspace) {
   const LinearKernel* kernel = entry(kLinear, index);
@@ -71,9 +134,6 @@ void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layo
   args.layout = pointer<const uint8_t>(layout);
   args.bias = pointer<const float>(bias);
   args.y = pointer<void>(y);
-  alignas(64) uint8_t stack[kStackWorkspace];
-  if (!workspace && linear_workspace_bytes(M, K) > kStackWorkspace) throw py::value_error("no workspace");
-  args.workspace = workspace ? pointer<uint8_t>(workspace) : stack;
   args.M = M;
   args.N = N;
   args.K = K;
@@ -81,6 +141,8 @@ void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layo
   args.y_type = static_cast<DType>(y_type);
   args.activation = static_cast<Activation>(activation);
   py::gil_scoped_release release;
+  Workspace own(workspace ? 0 : linear_workspace_bytes(*kernel, M, K));
+  args.workspace = workspace ? pointer<uint8_t>(workspace) : own.data();
   linear(*kernel, args);
 }
 
@@ -106,10 +168,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &kernels, "(op, variant, isa, index, supported) of every kernel in this build");
   m.def("isa_supported", [](const std::string& isa) { return isa_supported(isa.c_str()); });
   m.def("set_parallel_for", [](uintptr_t function) { set_parallel_for(reinterpret_cast<TorchParallelFor>(function)); });
-  m.attr("STACK_WORKSPACE") = kStackWorkspace;
-  m.def("linear", &run_linear);
-  m.def("linear_workspace_bytes", &linear_workspace_bytes);
-  m.def("embedding", &run_embedding);
+  m.attr("linear") = Fast<&run_linear>::define("linear");
+  m.def("linear_workspace_bytes",
+        [](size_t index, int64_t M, int64_t K) { return linear_workspace_bytes(*entry(kLinear, index), M, K); });
+  m.attr("embedding") = Fast<&run_embedding>::define("embedding");
   m.def("panels_bytes", [](int64_t N, int64_t K) { return Panels(N, K).bytes; });
   m.def("pack_panels", [](uintptr_t qdata, uintptr_t scale, int64_t N, int64_t K, uintptr_t layout) {
     py::gil_scoped_release release;

@@ -1,6 +1,5 @@
-"""csrc/bindings.cpp. Addresses are integers; see the headers for what they point to."""
-
-STACK_WORKSPACE: int
+"""csrc/bindings.cpp. Addresses are integers; see the headers for what they point to. Workspace 0 is
+allocated for the call."""
 
 def kernels() -> list[tuple[str, str, str, int, bool]]: ...
 def isa_supported(isa: str, /) -> bool: ...
@@ -9,7 +8,7 @@ def linear(
     index: int, x: int, x_type: int, M: int, layout: int, N: int, K: int, bias: int, y: int, y_type: int,
     activation: int, workspace: int, /,
 ) -> None: ...  # fmt: skip
-def linear_workspace_bytes(M: int, K: int, /) -> int: ...
+def linear_workspace_bytes(index: int, M: int, K: int, /) -> int: ...
 def embedding(
     index: int, ids: int, count: int, layout: int, N: int, K: int, y: int, y_type: int, /
 ) -> int: ...

@@ -30,11 +30,13 @@ ID_DTYPES = (torch.int64, torch.int32)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A weight made ready for a kernel, all but its tensor: what a layer keeps beside its layout."""
+    """A weight made ready for a kernel, all but its tensor: what a layer keeps beside its layout. name is the
+    layer's, for error messages."""
 
     kernel: KernelSpec
     problem: Problem
     shape: tuple[int, int]
+    name: str = ""
 
     def unpack(self, layout: Tensor) -> PackedWeight:
         return self.kernel.layout.unpack(layout, self.problem.format, self.shape)
@@ -71,13 +73,13 @@ def prepare(
         if os.environ.get("PYENGINE_STRICT") == "1":
             raise NotImplementedError(message)
         logger.warning("%s, each call dequantizes the weight", message)
-    return Prepared(chosen, problem, weight.shape), chosen.layout.pack(weight.to(device))
+    return Prepared(chosen, problem, weight.shape, name), chosen.layout.pack(weight.to(device))
 
 
 def _check_linear(
-    x: Tensor, layout: Tensor, bias: Tensor | None, prepared: Prepared, activation: str | None, name: str
+    x: Tensor, layout: Tensor, bias: Tensor | None, prepared: Prepared, activation: str | None
 ) -> None:
-    where, (n, k) = _where("linear", name), prepared.shape
+    where, (n, k) = _where("linear", prepared.name), prepared.shape
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{where}: x is {x.dtype}, which is none of float32, bfloat16, float16")
     if x.device != layout.device:
@@ -94,9 +96,10 @@ def _check_linear(
 
 
 _DTYPES = frozenset(FLOAT_DTYPES)
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
@@ -128,31 +131,28 @@ def linear_prepared(
     bias: Tensor | None,
     prepared: Prepared,
     activation: str | None = None,
-    name: str = "",
 ) -> Tensor:
-    """pe.ops.linear on a prepared weight; name is the layer's, for error messages."""
-    device_type = prepared.problem.device
-    if _is_autocast_enabled(device_type) and x.dtype in _DTYPES:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    shape, (n, k), on_cpu = x.shape, prepared.shape, layout.is_cpu
-    # _check_linear in one expression, since a call of it would cost as much as a small kernel.
+    """pe.ops.linear on a prepared weight."""
+    problem, (n, k) = prepared.problem, prepared.shape
+    if _is_any_autocast_enabled() and _is_autocast_enabled(problem.device) and x.dtype in _DTYPES:
+        x = x.to(torch.get_autocast_dtype(problem.device))
+    # The usual call, without a look at what can only be wrong or rare: that costs as much as a small kernel.
     if (
-        x.dtype not in _DTYPES
-        or not shape
-        or shape[-1] != k
-        or x.is_cpu != on_cpu
+        _is_plain(x)
+        and x.dtype in _DTYPES
+        and (size := x.shape)
+        and size[-1] == k
+        and layout.is_cpu
         # The bias may be another than the layer was built with, and a kernel reads N numbers from it.
-        or (bias is not None and (bias.shape != (n,) or bias.is_cpu != on_cpu))
-        or (activation is not None and activation not in cpu.ACTIVATION_CODES)
+        and (bias is None or (bias.shape == (n,) and bias.is_cpu))
+        and (activation is None or activation in cpu.ACTIVATION_CODES)
+        and not (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
     ):
-        _check_linear(x, layout, bias, prepared, activation, name)
-    differentiable = _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if not differentiable and _is_plain(x):
-        result: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
+        result: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, problem, activation)
         return result
+    _check_linear(x, layout, bias, prepared, activation)
     if _is_transformed():
-        return _linear_transformed(x, layout, bias, prepared, activation, name)
-    problem = prepared.problem
+        return _linear_transformed(x, layout, bias, prepared, activation)
     out: Tensor = torch.ops.pyengine.linear(
         x, layout, bias, *prepared.shape, problem.format.name, problem.input_spec.name,
         prepared.kernel.layout.name, activation,
@@ -161,14 +161,15 @@ def linear_prepared(
 
 
 def _linear_transformed(
-    x: Tensor, layout: Tensor, bias: Tensor | None, prepared: Prepared, activation: str | None, name: str
+    x: Tensor, layout: Tensor, bias: Tensor | None, prepared: Prepared, activation: str | None
 ) -> Tensor:
     """Under torch.func and forward-mode derivatives, for which a custom op has no rules: the kernel's value
     with the derivative of F.linear, from operators that have them.
     """
     if activation is not None:
         raise NotImplementedError(
-            f"{_where('linear', name)}: no derivative through a fused activation; apply it after the layer"
+            f"{_where('linear', prepared.name)}: no derivative through a fused activation; "
+            "apply it after the layer"
         )
     problem = prepared.problem
     fixed = None if bias is None else bias.detach()
@@ -181,11 +182,9 @@ def _linear_transformed(
     return value + (zero if bias is None else zero + (bias - bias.detach()).to(x.dtype))
 
 
-def embedding_prepared(
-    ids: Tensor, layout: Tensor, prepared: Prepared, dtype: torch.dtype, name: str = ""
-) -> Tensor:
+def embedding_prepared(ids: Tensor, layout: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
     """pe.ops.embedding on a prepared table."""
-    where = _where("embedding", name)
+    where = _where("embedding", prepared.name)
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"{where}: indices are {ids.dtype}, not int64 or int32")
     if ids.device != layout.device:
@@ -238,14 +237,25 @@ _library.define(
 )
 
 
+def _check_layout(op: str, layout: Tensor, name: str, format: str, shape: tuple[int, int]) -> None:
+    """A kernel reads what the sizes say: an exported program of a stranger may say anything."""
+    if name not in _LAYOUTS:
+        raise ValueError(f"{op}: layout_name {name!r} is none of {', '.join(_LAYOUTS)}")
+    size = _LAYOUTS[name].nbytes(parse_format(format), shape) if min(shape) >= 0 else -1
+    if layout.dtype != torch.uint8 or layout.numel() != size or not layout.is_contiguous():
+        raise ValueError(
+            f"{op}: layout is {layout.dtype} {tuple(layout.shape)}, "
+            f"{name} of {format} {shape} is torch.uint8 ({size})"
+        )
+
+
 def _linear_impl(
     x: Tensor, layout: Tensor, bias: Tensor | None, n: int, k: int, format: str, input_spec: str,
     layout_name: str, activation: str | None,
 ) -> Tensor:  # fmt: skip
+    _check_layout("linear", layout, layout_name, format, (n, k))
     prepared = _resolve("linear", format, input_spec, layout_name, (n, k), x.device.type)
-    # Also where the op is called by its own name: the kernel would write beyond y, or read beyond the bias.
-    if x.shape[-1:] != (k,) or (bias is not None and bias.shape != (n,)):
-        _check_linear(x, layout, bias, prepared, activation, "")
+    _check_linear(x, layout, bias, prepared, activation)
     y: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
     return y
 
@@ -257,6 +267,7 @@ def _linear_fake(x: Tensor, layout: Tensor, bias: Tensor | None, n: int, *_: Any
 def _embedding_impl(
     ids: Tensor, layout: Tensor, n: int, k: int, format: str, layout_name: str, dtype: torch.dtype
 ) -> Tensor:
+    _check_layout("embedding", layout, layout_name, format, (n, k))
     prepared = _resolve("embedding", format, FLOAT.name, layout_name, (n, k), ids.device.type)
     y: Tensor = prepared.kernel.run(ids, layout, prepared.shape, prepared.problem, dtype)
     return y
@@ -274,6 +285,7 @@ _LAYOUTS = {kernel.layout.name: kernel.layout for kernel in (*cpu.SUPPORTED, *KE
 def _dequantize_impl(
     layout: Tensor, n: int, k: int, format: str, layout_name: str, dtype: torch.dtype
 ) -> Tensor:
+    _check_layout("dequantize", layout, layout_name, format, (n, k))
     return _LAYOUTS[layout_name].unpack(layout, parse_format(format), (n, k)).dequantize(dtype)
 
 

@@ -26,10 +26,11 @@ class Problem:
 class Layout:
     """How a kernel wants the weight: one uint8 tensor, derived from the canonical bytes and back.
 
-    pack(weight) -> layout. unpack(layout, format, (N, K)) -> weight.
+    nbytes(format, (N, K)) is its size. pack(weight) -> layout. unpack(layout, format, (N, K)) -> weight.
     """
 
     name: str
+    nbytes: Callable[[WeightFormat, tuple[int, int]], int]
     pack: Callable[[PackedWeight], Tensor]
     unpack: Callable[[Tensor, WeightFormat, tuple[int, int]], PackedWeight]
 

@@ -220,11 +220,10 @@ INDEX = {f"{op}_{variant}_{isa}": index for op, variant, isa, index, _ in _C.ker
 def bare_linear(kernel, x, layout, shape, y):
     """The C++ kernel on y: also with an element type that differs from x's. Returns y."""
     n, k = shape
-    workspace = torch.empty(_C.linear_workspace_bytes(len(x), k), dtype=torch.uint8)
     kinds = cpu.DTYPE_CODES[x.dtype], cpu.DTYPE_CODES[y.dtype]
     _C.linear(
         INDEX[kernel.name], x.data_ptr(), kinds[0], len(x), layout.data_ptr(), n, k, 0, y.data_ptr(),
-        kinds[1], 0, workspace.data_ptr(),
+        kinds[1], 0, 0,
     )  # fmt: skip
     return y
 

@@ -88,9 +88,8 @@ def test_a_kernel_touches_nothing_outside_its_arrays(kernel, format, spec, at_en
                 memory = [guarded(t, at_end=at_end) for t in (x, layout, bias, torch.full_like(expected, 7))]
                 # The workspace is promised to be aligned to 64 bytes: rounded up, it may start a little
                 # early.
-                workspace = guarded(
-                    np.zeros(-(-_C.linear_workspace_bytes(m, k) // 64) * 64, np.uint8), at_end=at_end
-                )
+                size = _C.linear_workspace_bytes(INDEX[kernel.name], m, k)
+                workspace = guarded(np.zeros(-(-size // 64) * 64, np.uint8), at_end=at_end)
                 (x_at, _), (layout_at, _), (bias_at, _), (y_at, y) = memory
                 code = cpu.DTYPE_CODES[dtype]
                 _C.linear(

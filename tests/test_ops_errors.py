@@ -106,6 +106,25 @@ def test_the_operator_itself_checks_what_decides_how_much_is_read_and_written():
         torch.ops.pyengine.linear(torch.zeros(4, 64), layout, torch.zeros(4), *rest)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_operators_compare_a_layout_with_its_sizes(format):
+    """An exported program says sizes and brings a layout: they may be a stranger's."""
+    prepared, layout = ops.prepare("linear", random_weight(parse_format(format), 5, 64))
+    name, x, ids = prepared.kernel.layout.name, torch.zeros(4, 64), torch.tensor([0])
+    for bad in (layout[:-1], layout[:0], layout.new_zeros(2 * len(layout))[::2], layout.float()):
+        for call in (
+            lambda bad=bad: torch.ops.pyengine.linear(x, bad, None, 5, 64, format, "float", name, None),
+            lambda bad=bad: torch.ops.pyengine.dequantize(bad, 5, 64, format, name, torch.float32),
+        ):
+            with pytest.raises(ValueError, match=re.escape(f"{name} of {format} (5, 64) is torch.uint8")):
+                call()
+    for shape in ((1 << 20, 64), (-1, 64)):
+        with pytest.raises(ValueError, match="embedding: layout is torch.uint8"):
+            torch.ops.pyengine.embedding(ids, layout, *shape, format, name, torch.float32)
+    with pytest.raises(ValueError, match="dequantize: layout_name 'rows9' is none of"):
+        torch.ops.pyengine.dequantize(layout, 5, 64, format, "rows9", torch.float32)
+
+
 def test_an_unknown_kernel_is_refused(weight):
     with pytest.raises(NotImplementedError, match=f"linear with {weight.format.name}"):
         ops.prepare("linear", weight, kernel="linear_int9_portable")
@@ -130,9 +149,20 @@ def test_a_wrong_kernel_index_raises_index_error(index):
         _C.embedding(index, 0, 0, 0, 0, 0, 0, 0)
 
 
-def test_a_negative_kernel_index_is_refused():
-    with pytest.raises(TypeError):
-        _C.linear(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((-1, *[0] * 11), IndexError),
+        ((0,) * 11, TypeError),
+        ((0,) * 13, TypeError),
+        ((0, None, *[0] * 10), TypeError),
+        ((0, 1.5, *[0] * 10), TypeError),
+        ((0, 1 << 64, *[0] * 10), OverflowError),
+    ],
+)
+def test_the_binding_refuses_what_are_not_its_integers(arguments, error):
+    with pytest.raises(error):
+        _C.linear(*arguments)
 
 
 def test_an_unknown_instruction_set_is_not_supported():

@@ -25,7 +25,6 @@ ISAS = ("portable", "avx2")
 
 # As numbered in csrc/dtypes.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
-STACK_WORKSPACE = _C.STACK_WORKSPACE
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
@@ -59,10 +58,14 @@ def _share_torch_threads() -> None:
 _share_torch_threads()
 
 
+def _panels_bytes(format: WeightFormat, shape: tuple[int, int]) -> int:
+    return _C.panels_bytes(*shape)
+
+
 def _pack_panels(weight: PackedWeight) -> Tensor:
     n, k = weight.shape
     qdata, scale = weight.qdata, weight.scale.float()
-    layout = torch.empty(_C.panels_bytes(n, k), dtype=torch.uint8, device="cpu")
+    layout = torch.empty(_panels_bytes(weight.format, weight.shape), dtype=torch.uint8, device="cpu")
     _C.pack_panels(qdata.data_ptr(), scale.data_ptr(), n, k, layout.data_ptr())
     return layout
 
@@ -79,10 +82,15 @@ def _rows_offset(n: int) -> int:
     return (4 * n + 63) // 64 * 64
 
 
+def _rows_bytes(format: WeightFormat, shape: tuple[int, int]) -> int:
+    n, k = shape
+    return _rows_offset(n) + n * k
+
+
 def _pack_rows(weight: PackedWeight) -> Tensor:
     n, k = weight.shape
     start = _rows_offset(n)
-    layout = torch.empty(start + n * k, dtype=torch.uint8, device="cpu")
+    layout = torch.empty(_rows_bytes(weight.format, weight.shape), dtype=torch.uint8, device="cpu")
     layout[: 4 * n].view(torch.float32).copy_(weight.scale.view(-1))
     layout[4 * n : start].zero_()
     layout[start:].view(n, k).copy_(weight.qdata)
@@ -95,12 +103,15 @@ def _unpack_rows(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -
     return PackedWeight(format, shape, layout[_rows_offset(n) :].view(n, k).clone(), scale)
 
 
-PANELS = Layout("panels16x4", _pack_panels, _unpack_panels)
-ROWS = Layout("rows8", _pack_rows, _unpack_rows)
+PANELS = Layout("panels16x4", _panels_bytes, _pack_panels, _unpack_panels)
+ROWS = Layout("rows8", _rows_bytes, _pack_rows, _unpack_rows)
+
+
+_FLOAT32 = torch.float32
 
 
 def _linear(index: int) -> Callable[..., Tensor]:
-    run, workspace_bytes = _C.linear, _C.linear_workspace_bytes
+    run = _C.linear
 
     def linear(
         x: Tensor,
@@ -111,22 +122,21 @@ def _linear(index: int) -> Callable[..., Tensor]:
         activation: str | None,
     ) -> Tensor:
         n, k = shape
-        size = [*x.shape]
-        size[-1] = n
-        y = x.new_empty(*size)  # torch parses a list more slowly than it allocates
-        m = x.numel() // k if k else math.prod(size[:-1])
+        size = x.shape
+        if len(size) == 2:
+            m = size[0]
+            y = x.new_empty(m, n)
+        else:
+            m = math.prod(size[:-1])
+            y = x.new_empty(*size[:-1], n)  # torch parses a tuple more slowly than it allocates
         if not x.is_contiguous():
             x = x.contiguous()
-        # The binding has room for small workspaces on its stack: allocating costs as much as a small kernel.
-        needed = workspace_bytes(m, k)
-        workspace = layout.new_empty(needed) if needed > STACK_WORKSPACE else None
-        if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
+        if bias is not None and (bias.dtype is not _FLOAT32 or not bias.is_contiguous()):
             bias = bias.to(torch.float32).contiguous()
         code = DTYPE_CODES[x.dtype]
         run(
             index, x.data_ptr(), code, m, layout.data_ptr(), n, k, 0 if bias is None else bias.data_ptr(),
-            y.data_ptr(), code, ACTIVATION_CODES[activation],
-            0 if workspace is None else workspace.data_ptr(),
+            y.data_ptr(), code, 0 if activation is None else ACTIVATION_CODES[activation], 0,
         )  # fmt: skip
         return y
 
@@ -137,10 +147,9 @@ def linear_int32(kernel: KernelSpec, x: Tensor, layout: Tensor, shape: tuple[int
     """The kernel's bare int32 sums of int8 codes: (M, K) -> (M, N)."""
     n, k = shape
     y = x.new_empty((x.shape[0], n), dtype=torch.int32)
-    workspace = layout.new_empty(_C.linear_workspace_bytes(x.shape[0], k))
     _C.linear(
         _INDEX[kernel.name], x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], layout.data_ptr(), n, k, 0,
-        y.data_ptr(), DTYPE_CODES[y.dtype], 0, workspace.data_ptr(),
+        y.data_ptr(), DTYPE_CODES[y.dtype], 0, 0,
     )  # fmt: skip
     return y
 

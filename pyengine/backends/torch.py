@@ -32,9 +32,13 @@ def _sections(
     return sections
 
 
+def _nbytes(format: WeightFormat, shape: tuple[int, int]) -> int:
+    return max(end for _, end, _, _ in _sections(format, shape).values())
+
+
 def _pack(weight: PackedWeight) -> Tensor:
     sections = _sections(weight.format, weight.shape)
-    layout = weight.qdata.new_zeros(max(end for _, end, _, _ in sections.values()))
+    layout = weight.qdata.new_zeros(_nbytes(weight.format, weight.shape))
     for name, tensor in weight.tensors().items():
         start, end, size, dtype = sections[name]
         layout[start:end].view(dtype).view(size).copy_(tensor)
@@ -55,7 +59,7 @@ def _unpack(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -> Pac
     )
 
 
-CANONICAL = Layout("canonical", _pack, _unpack)
+CANONICAL = Layout("canonical", _nbytes, _pack, _unpack)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class Embedding(PackedModule):
     def forward(self, input: Tensor) -> Tensor:
         layout = self._buffers["layout"]
         assert layout is not None
-        return embedding_prepared(input, layout, self._prepared, self.dtype, self.name)
+        return embedding_prepared(input, layout, self._prepared, self.dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

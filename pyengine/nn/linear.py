@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -65,9 +67,8 @@ class Linear(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         # Straight from the dictionaries: nn.Module.__getattr__ would cost a tenth of a small layer's time.
-        layout, bias = self._buffers["layout"], self._parameters["bias"]
-        assert layout is not None
-        return linear_prepared(input, layout, bias, self._prepared, None, self.name)
+        layout: Any = self._buffers["layout"]
+        return linear_prepared(input, layout, self._parameters["bias"], self._prepared)
 
     def extra_repr(self) -> str:
         return (

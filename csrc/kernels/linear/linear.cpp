@@ -14,9 +14,8 @@ constexpr int64_t kGrainElements = 1 << 15;
 
 }  // namespace
 
-int64_t linear_workspace_bytes(int64_t M, int64_t K) {
-  const int64_t rows = std::min(M, kLinearRowBlock), depth = Panels(0, K).depth;
-  return (rows * (2 + depth / 65536) * 4 + 63) / 64 * 64 + rows * depth * 4;
+int64_t linear_workspace_bytes(const LinearKernel& kernel, int64_t M, int64_t K) {
+  return kernel.workspace_bytes(std::min(M, kLinearRowBlock), K);
 }
 
 void linear(const LinearKernel& kernel, const LinearArgs& args) {

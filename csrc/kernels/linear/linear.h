@@ -11,7 +11,7 @@ struct LinearArgs {
   const uint8_t* layout;  // the weight, see panels.h
   const float* bias;      // (N) or null
   void* y;                // (M, N) contiguous; float32, bfloat16, float16, or int32 for the bare sums of int8 codes
-  uint8_t* workspace;     // linear_workspace_bytes, 64-byte aligned
+  uint8_t* workspace;     // linear_workspace_bytes() of the kernel, 64-byte aligned
   int64_t M, N, K;
   DType x_type, y_type;
   Activation activation;
@@ -20,6 +20,8 @@ struct LinearArgs {
 // A kernel runs in two phases. Neither checks, allocates, starts a thread or keeps state: the ranges of one phase may
 // run at the same time, in any order.
 struct LinearKernel {
+  // What M rows of K take in the workspace.
+  int64_t (*workspace_bytes)(int64_t M, int64_t K);
   // Prepares rows [begin, end) of x in the workspace.
   void (*rows)(const LinearArgs& args, int64_t begin, int64_t end);
   // Computes the columns of the 16-wide panels [begin, end) of y, for all rows.
@@ -29,8 +31,7 @@ struct LinearKernel {
 // Rows are taken in blocks of this many, which bounds the workspace and keeps the prepared rows in the caches.
 constexpr int64_t kLinearRowBlock = 256;
 
-// Enough for every kernel: per row a scale, a few sums, and K padded to 8 of up to four bytes.
-int64_t linear_workspace_bytes(int64_t M, int64_t K);
+int64_t linear_workspace_bytes(const LinearKernel& kernel, int64_t M, int64_t K);
 
 // args.M rows in blocks, each phase split over torch's threads.
 void linear(const LinearKernel& kernel, const LinearArgs& args);
