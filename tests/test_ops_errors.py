@@ -116,12 +116,12 @@ def test_the_operators_compare_a_layout_with_its_sizes(format):
             lambda bad=bad: torch.ops.pyengine.linear(x, bad, None, 5, 64, format, "float", name, None),
             lambda bad=bad: torch.ops.pyengine.dequantize(bad, 5, 64, format, name, torch.float32),
         ):
-            with pytest.raises(ValueError, match=re.escape(f"{name} of {format} (5, 64) is torch.uint8")):
+            with pytest.raises(ValueError, match=re.escape(f"of {format} (5, 64) is torch.uint8")):
                 call()
     for shape in ((1 << 20, 64), (-1, 64)):
-        with pytest.raises(ValueError, match="embedding: layout is torch.uint8"):
+        with pytest.raises(ValueError, match=r"embedding: layout is torch\.uint8"):
             torch.ops.pyengine.embedding(ids, layout, *shape, format, name, torch.float32)
-    with pytest.raises(ValueError, match="dequantize: layout_name 'rows9' is none of"):
+    with pytest.raises(ValueError, match="dequantize: layout_name 'rows9' is none"):
         torch.ops.pyengine.dequantize(layout, 5, 64, format, "rows9", torch.float32)
 
 
