@@ -102,12 +102,13 @@ def _bind_kernel(
     (m, k), n, bias, code = x.shape, layer.out_features, layer.bias, cpu.DTYPE_CODES[x.dtype]
     assert bias is not None
     y = x.new_full((m, n), math.nan)
-    workspace = torch.empty(_C.linear_workspace_bytes(index, m, k), dtype=torch.uint8)
+    group_size, scale_type, zero = cpu.format_arguments(layer.format)
+    workspace = torch.empty(_C.linear_workspace_bytes(index, m, k, group_size or k), dtype=torch.uint8)
 
     def call(layout: Tensor) -> Any:
         run: Any = functools.partial(
             _C.linear, index, x.data_ptr(), code, m, layout.data_ptr(), n, k, bias.data_ptr(),
-            y.data_ptr(), code, 0, workspace.data_ptr(),
+            y.data_ptr(), code, 0, group_size or k, scale_type, zero, workspace.data_ptr(),
         )  # fmt: skip
         run.keep = (x, y, workspace)  # addresses keep nothing alive
         return run

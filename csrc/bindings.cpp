@@ -13,6 +13,7 @@
 #include "cpu_features.h"
 #include "kernels/embedding/embedding.h"
 #include "kernels/linear/linear.h"
+#include "kernels/linear/nibbles.h"
 #include "kernels/linear/panels.h"
 #include "parallel.h"
 
@@ -127,7 +128,8 @@ class Workspace {
 
 // workspace 0: allocated here for the time of the call.
 void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layout, int64_t N, int64_t K,
-                uintptr_t bias, uintptr_t y, int y_type, int activation, uintptr_t workspace) {
+                uintptr_t bias, uintptr_t y, int y_type, int activation, int64_t group, int scale_type, int zero,
+                uintptr_t workspace) {
   const LinearKernel* kernel = entry(kLinear, index);
   LinearArgs args{};
   args.x = pointer<const void>(x);
@@ -140,14 +142,17 @@ void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layo
   args.x_type = static_cast<DType>(x_type);
   args.y_type = static_cast<DType>(y_type);
   args.activation = static_cast<Activation>(activation);
+  args.group = group;
+  args.scale_type = static_cast<DType>(scale_type);
+  args.zero = zero;
   py::gil_scoped_release release;
-  Workspace own(workspace ? 0 : linear_workspace_bytes(*kernel, M, K));
+  Workspace own(workspace ? 0 : linear_workspace_bytes(*kernel, args));
   args.workspace = workspace ? pointer<uint8_t>(workspace) : own.data();
   linear(*kernel, args);
 }
 
 int64_t run_embedding(size_t index, uintptr_t ids, int64_t count, uintptr_t layout, int64_t N, int64_t K, uintptr_t y,
-                      int y_type) {
+                      int y_type, int64_t bits, int64_t group, int scale_type, int zero, int factor) {
   const EmbeddingKernel kernel = entry(kEmbedding, index);
   EmbeddingArgs args{};
   args.ids = pointer<const int64_t>(ids);
@@ -157,6 +162,11 @@ int64_t run_embedding(size_t index, uintptr_t ids, int64_t count, uintptr_t layo
   args.N = N;
   args.K = K;
   args.y_type = static_cast<DType>(y_type);
+  args.bits = bits;
+  args.group = group;
+  args.scale_type = static_cast<DType>(scale_type);
+  args.zero = zero;
+  args.factor = factor;
   py::gil_scoped_release release;
   return embedding(kernel, args);
 }
@@ -170,12 +180,30 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_parallel_for", [](uintptr_t function) { set_parallel_for(reinterpret_cast<TorchParallelFor>(function)); });
   m.attr("linear") = Fast<&run_linear>::define("linear");
   m.def("linear_workspace_bytes",
-        [](size_t index, int64_t M, int64_t K) { return linear_workspace_bytes(*entry(kLinear, index), M, K); });
+        [](size_t index, int64_t M, int64_t K, int64_t group) {
+          LinearArgs args{};
+          args.M = M;
+          args.K = K;
+          args.group = group;
+          return linear_workspace_bytes(*entry(kLinear, index), args);
+        });
   m.attr("embedding") = Fast<&run_embedding>::define("embedding");
   m.def("panels_bytes", [](int64_t N, int64_t K) { return Panels(N, K).bytes; });
   m.def("pack_panels", [](uintptr_t qdata, uintptr_t scale, int64_t N, int64_t K, uintptr_t layout) {
     py::gil_scoped_release release;
     pack_panels(pointer<const uint8_t>(qdata), pointer<const float>(scale), N, K, pointer<uint8_t>(layout));
+  });
+  m.def("nibbles_offsets", [](int64_t N, int64_t K, int64_t group, int64_t scale_size, bool stored_zero) {
+    const Nibbles layout(N, K, group, scale_size, stored_zero);
+    return py::make_tuple(layout.zero, layout.codes, layout.bytes);
+  });
+  m.def("pack_nibbles", [](uintptr_t qdata, int64_t N, int64_t K, int bits, int shift, uintptr_t codes) {
+    py::gil_scoped_release release;
+    pack_nibbles(pointer<const uint8_t>(qdata), N, K, bits, shift, pointer<uint8_t>(codes));
+  });
+  m.def("unpack_nibbles", [](uintptr_t codes, int64_t N, int64_t K, int bits, int shift, uintptr_t qdata) {
+    py::gil_scoped_release release;
+    unpack_nibbles(pointer<const uint8_t>(codes), N, K, bits, shift, pointer<uint8_t>(qdata));
   });
   m.def("unpack_panels", [](uintptr_t layout, int64_t N, int64_t K, uintptr_t qdata, uintptr_t scale) {
     py::gil_scoped_release release;

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +32,16 @@ ID_DTYPES = (torch.int64, torch.int32)
 @dataclass(frozen=True)
 class Prepared:
     """A weight made ready for a kernel, all but its tensor: what a layer keeps beside its layout. name is the
-    layer's, for error messages."""
+    layer's, for error messages. run is what the kernel binds to the problem."""
 
     kernel: KernelSpec
     problem: Problem
     shape: tuple[int, int]
     name: str = ""
+    run: Callable[..., Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", self.kernel.bind(self.problem))
 
     def unpack(self, layout: Tensor) -> PackedWeight:
         return self.kernel.layout.unpack(layout, self.problem.format, self.shape)
@@ -148,8 +153,7 @@ def linear_prepared(
         and (activation is None or activation in cpu.ACTIVATION_CODES)
         and not (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
     ):
-        result: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, problem, activation)
-        return result
+        return prepared.run(x, layout, bias, prepared.shape, activation)
     _check_linear(x, layout, bias, prepared, activation)
     if _is_transformed():
         return _linear_transformed(x, layout, bias, prepared, activation)
@@ -198,10 +202,9 @@ def embedding_prepared(ids: Tensor, layout: Tensor, prepared: Prepared, dtype: t
         )
         return out
     try:
-        result: Tensor = prepared.kernel.run(ids, layout, prepared.shape, prepared.problem, dtype)
+        return prepared.run(ids, layout, prepared.shape, dtype)
     except IndexError as error:
         raise IndexError(str(error).replace("embedding", where, 1)) from None
-    return result
 
 
 def dequantize_prepared(layout: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
@@ -256,8 +259,7 @@ def _linear_impl(
     _check_layout("linear", layout, layout_name, format, (n, k))
     prepared = _resolve("linear", format, input_spec, layout_name, (n, k), x.device.type)
     _check_linear(x, layout, bias, prepared, activation)
-    y: Tensor = prepared.kernel.run(x, layout, bias, prepared.shape, prepared.problem, activation)
-    return y
+    return prepared.run(x, layout, bias, prepared.shape, activation)
 
 
 def _linear_fake(x: Tensor, layout: Tensor, bias: Tensor | None, n: int, *_: Any) -> Tensor:
@@ -269,8 +271,7 @@ def _embedding_impl(
 ) -> Tensor:
     _check_layout("embedding", layout, layout_name, format, (n, k))
     prepared = _resolve("embedding", format, FLOAT.name, layout_name, (n, k), ids.device.type)
-    y: Tensor = prepared.kernel.run(ids, layout, prepared.shape, prepared.problem, dtype)
-    return y
+    return prepared.run(ids, layout, prepared.shape, dtype)
 
 
 def _embedding_fake(
@@ -362,6 +363,7 @@ def embedding(ids: Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.f
 
 def linear_int32(x: Tensor, weight: PackedWeight, *, kernel: str | None = None) -> Tensor:
     """The bare sums q_x @ q_w.T of an integer kernel: x (M, K) int8 codes in [-127, 127] -> (M, N) int32.
+    q_w is a code without its zero point; where the weight has groups, their sums are added up unscaled.
 
     Equal on every kernel and to reference.linear_int32; for tests of exactness. K up to 131,072.
     """
@@ -374,7 +376,8 @@ def linear_int32(x: Tensor, weight: PackedWeight, *, kernel: str | None = None) 
     prepared, layout = prepare("linear", weight, ACTIVATIONS["a8"], kernel=kernel)
     if prepared.kernel.fallback:
         raise NotImplementedError(f"linear_int32: no integer kernel for {weight.format.name}")
-    return cpu.linear_int32(prepared.kernel, x.contiguous(), layout, weight.shape)
+    y = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.int32)
+    return cpu.linear_into(y, prepared.kernel, weight.format, x.contiguous(), layout, weight.shape)
 
 
 def _activation_spec(spec: ActivationSpec | str) -> ActivationSpec:

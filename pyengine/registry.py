@@ -37,9 +37,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel. `run` of a linear kernel: (x, layout, bias, weight shape, problem, activation) -> y; of an
-    embedding kernel: (ids, layout, weight shape, problem, dtype) -> y. What it gets has been checked by
-    ops.py."""
+    """One kernel. bind(problem) is the function that runs it: for linear (x, layout, bias, weight shape,
+    activation) -> y, for embedding (ids, layout, weight shape, dtype) -> y. What that gets has been checked
+    by ops.py."""
 
     name: str
     op: str
@@ -47,7 +47,7 @@ class KernelSpec:
     isa: str
     layout: Layout
     serves: Callable[[Problem], bool]
-    run: Callable[..., Any]
+    bind: Callable[[Problem], Callable[..., Any]]
     fallback: bool = False
 
 

@@ -126,13 +126,13 @@ def test_reading_weight_gives_the_dequantized_tensor_and_is_logged_once(make, ca
 
 
 def test_no_kernel_warns_once_with_the_name_and_is_an_error_when_strict(monkeypatch, caplog):
-    layer = linear("w4_g32")
+    layer = linear("w6_g32")
     layer(inputs(2, K))
     layer(inputs(2, K))
     assert [r.levelname for r in caplog.records if "'block.fc'" in r.getMessage()] == ["WARNING"]
     monkeypatch.setenv("PYENGINE_STRICT", "1")
-    with pytest.raises(NotImplementedError, match=r"linear 'block\.fc': no kernel for int4_g32"):
-        linear("w4_g32")
+    with pytest.raises(NotImplementedError, match=r"linear 'block\.fc': no kernel for int6_g32"):
+        linear("w6_g32")
     linear("w8a8")
 
 

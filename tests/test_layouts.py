@@ -88,13 +88,14 @@ def test_a_kernel_touches_nothing_outside_its_arrays(kernel, format, spec, at_en
                 memory = [guarded(t, at_end=at_end) for t in (x, layout, bias, torch.full_like(expected, 7))]
                 # The workspace is promised to be aligned to 64 bytes: rounded up, it may start a little
                 # early.
-                size = _C.linear_workspace_bytes(INDEX[kernel.name], m, k)
+                group, scale_type, zero = cpu.format_arguments(format)
+                size = _C.linear_workspace_bytes(INDEX[kernel.name], m, k, group or k)
                 workspace = guarded(np.zeros(-(-size // 64) * 64, np.uint8), at_end=at_end)
                 (x_at, _), (layout_at, _), (bias_at, _), (y_at, y) = memory
                 code = cpu.DTYPE_CODES[dtype]
                 _C.linear(
                     INDEX[kernel.name], x_at, code, m, layout_at, n, k, bias_at, y_at, code,
-                    cpu.ACTIVATION_CODES["gelu"], workspace[0],
+                    cpu.ACTIVATION_CODES["gelu"], group or k, scale_type, zero, workspace[0],
                 )  # fmt: skip
                 assert y.tobytes() == expected.view(torch.uint8).numpy().tobytes(), (m, k, n, dtype)
 

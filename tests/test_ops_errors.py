@@ -144,20 +144,20 @@ def test_a_forced_kernel_that_does_not_serve_the_format_is_refused():
 @pytest.mark.parametrize("index", [len(_C.kernels()), 10**6])
 def test_a_wrong_kernel_index_raises_index_error(index):
     with pytest.raises(IndexError, match=f"no kernel at index {index}"):
-        _C.linear(index, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        _C.linear(index, *[0] * 14)
     with pytest.raises(IndexError, match=f"no kernel at index {index}"):
-        _C.embedding(index, 0, 0, 0, 0, 0, 0, 0)
+        _C.embedding(index, *[0] * 12)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((-1, *[0] * 11), IndexError),
-        ((0,) * 11, TypeError),
-        ((0,) * 13, TypeError),
-        ((0, None, *[0] * 10), TypeError),
-        ((0, 1.5, *[0] * 10), TypeError),
-        ((0, 1 << 64, *[0] * 10), OverflowError),
+        ((-1, *[0] * 14), IndexError),
+        ((0,) * 14, TypeError),
+        ((0,) * 16, TypeError),
+        ((0, None, *[0] * 13), TypeError),
+        ((0, 1.5, *[0] * 13), TypeError),
+        ((0, 1 << 64, *[0] * 13), OverflowError),
     ],
 )
 def test_the_binding_refuses_what_are_not_its_integers(arguments, error):

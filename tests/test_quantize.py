@@ -178,7 +178,7 @@ def stored_bytes(layer):
     return sum(t.numel() * t.element_size() for t in layer.state_dict().values())
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4_g32", "w4_g32_asym"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4_g32", "w4a8_g32_asym", "w6_g32"])
 def test_the_reports_bytes_are_those_of_the_tensors(scheme):
     model, reference = make(), make()
     report = pe.quantize_(model, scheme)
@@ -191,7 +191,7 @@ def test_the_reports_bytes_are_those_of_the_tensors(scheme):
         assert change.kernel == new.kernel
     for what in ("bytes_before", "bytes_file", "bytes_runtime"):
         assert report.total(what) == sum(getattr(change, what) for change in report.changes) > 0
-    fallbacks = () if scheme == "w8a8" else tuple(ALL)
+    fallbacks = tuple(ALL) if scheme == "w6_g32" else ()
     assert report.fallbacks == fallbacks
 
 
@@ -216,7 +216,7 @@ def test_the_table_fits_the_terminal_and_names_every_layer(columns, monkeypatch)
     model = make()
     model.add_module("[bold]odd", nn.Conv1d(4, 4, 1))
     model.a_layer_with_quite_a_long_name_that_no_column_of_a_narrow_terminal_can_hold = nn.Linear(16, 16)
-    text = str(pe.quantize_(model, {"*.up": "w4_g32", "*": "w8a8"}))
+    text = str(pe.quantize_(model, {"*.up": "w6_g32", "*": "w8a8"}))
     assert max(map(len, text.splitlines())) <= min(max(columns, 80), 130)
     assert "\x1b" not in text
     flat = re.sub(r"[\s│┃]", "", text)

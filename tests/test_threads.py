@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_same_bits, bare_linear, in_child, inputs, kernel_cases, random_weight
+from helpers import assert_same_bits, in_child, inputs, kernel_cases, random_weight
 
 import pyengine as pe
 from pyengine import _C, ops
@@ -102,7 +102,7 @@ def test_another_python_thread_runs_during_a_call(kernel, format, spec, torch_th
     seen = False
     for _ in range(50):  # the scheduler may keep this thread waiting for a whole call, but not for ever
         y = torch.full((m, n), float("nan"))
-        bare = threading.Thread(target=bare_linear, args=(kernel, x, layout, (n, k), y))
+        bare = threading.Thread(target=cpu.linear_into, args=(y, kernel, format, x, layout, (n, k)))
         first, last = y.view(-1)[:1].numpy(), y.view(-1)[-1:].numpy()
         bare.start()
         while bare.is_alive():

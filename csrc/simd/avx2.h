@@ -20,7 +20,17 @@ struct Simd {
   static I load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_i(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
   static I set_i(int32_t x) { return _mm256_set1_epi32(x); }
+  static void store_bytes(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+  static I load_u8(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
   static I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static I add_bytes(I sum, I x) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), x);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
   static I broadcast4(const void* p) {
     int32_t word;
     std::memcpy(&word, p, 4);
@@ -35,6 +45,7 @@ struct Simd {
   static F at_least(float bound, F x) { return _mm256_max_ps(set(bound), x); }
   static F at_most(float bound, F x) { return _mm256_min_ps(set(bound), x); }
   static F abs(F x) { return _mm256_andnot_ps(set(-0.0f), x); }
+  static F negate(F x) { return _mm256_xor_ps(set(-0.0f), x); }
   static F copy_sign(F magnitude, F sign) {
     return _mm256_or_ps(_mm256_andnot_ps(set(-0.0f), magnitude), _mm256_and_ps(set(-0.0f), sign));
   }
@@ -59,6 +70,28 @@ struct Simd {
     const I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(magnitude0, _mm256_xor_si256(w0, sign0)),
                                      _mm256_maddubs_epi16(magnitude1, _mm256_xor_si256(w1, sign1)));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+
+  static I split_bits(uint32_t word, int bits) {
+    const I places = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
+    return _mm256_and_si256(_mm256_srlv_epi32(set_i(static_cast<int32_t>(word)), places), set_i((1 << bits) - 1));
+  }
+  static I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  static I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+  template <int Shift>
+  static F nibble_to_float(I x) {
+    return to_float(_mm256_and_si256(_mm256_srli_epi32(x, Shift), _mm256_set1_epi32(15)));
+  }
+  // Sums of pairs in 16 bits: 8 quads of 2 * 15 * 127 each are at most 30480.
+  struct Partial {
+    I pairs;
+  };
+  static Partial zero_partial() { return {zero_i()}; }
+  static Partial dot4_nibbles(Partial sum, I w, I a) {
+    return {_mm256_add_epi16(sum.pairs, _mm256_maddubs_epi16(w, a))};
+  }
+  static I add_partial(I sum, Partial p) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(p.pairs, _mm256_set1_epi16(1)));
   }
 
   static F load_bf16(const uint16_t* p) {
@@ -98,20 +131,19 @@ struct Simd {
     for (int i = 0; i < 8; i++) sum += lane[i];
     return sum;
   }
-  static I store_codes(I negative, const F (&x)[4], F scale, uint8_t* to) {
+  static I codes(const F (&x)[4], F scale) {
     const I low = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(x[0], scale)), _mm256_cvtps_epi32(mul(x[1], scale)));
     const I high = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(x[2], scale)), _mm256_cvtps_epi32(mul(x[3], scale)));
     // The two packs interleave 128-bit halves; one permutation of words puts the 32 codes back in order.
     const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    const I q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+  }
+  static I store_codes(I negative, I q, uint8_t* to) {
     const I sign = _mm256_cmpgt_epi8(zero_i(), q), magnitude = _mm256_abs_epi8(q);
     const I first = _mm256_unpacklo_epi32(sign, magnitude), second = _mm256_unpackhi_epi32(sign, magnitude);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(first, second, 0x20));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute2x128_si256(first, second, 0x31));
     return _mm256_add_epi32(negative, _mm256_sad_epu8(_mm256_and_si256(sign, magnitude), zero_i()));
-  }
-  static F load_codes(const uint8_t* p) {
-    return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
 };
 

@@ -49,6 +49,27 @@ struct Simd {
     for (int i = 0; i < 8; i++) y.lane[i] = x;
     return y;
   }
+  static void store_bytes(void* p, I x) { std::memcpy(p, x.lane, sizeof(x)); }
+  // Eight unsigned bytes, one per lane.
+  static I load_u8(const uint8_t* p) {
+    I y;
+    for (int i = 0; i < 8; i++) y.lane[i] = p[i];
+    return y;
+  }
+  static I sub_i(I a, I b) {
+    for (int i = 0; i < 8; i++) a.lane[i] -= b.lane[i];
+    return a;
+  }
+  static I mul_i(I a, I b) {
+    for (int i = 0; i < 8; i++) a.lane[i] *= b.lane[i];
+    return a;
+  }
+  // sum + the four signed bytes of each lane.
+  static I add_bytes(I sum, I x) {
+    for (int i = 0; i < 8; i++)
+      for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(x.lane[i], b);
+    return sum;
+  }
   static I add_i(I a, I b) {
     for (int i = 0; i < 8; i++) a.lane[i] += b.lane[i];
     return a;
@@ -71,6 +92,7 @@ struct Simd {
   static F at_least(float bound, F x) { return each([&](int i) { return x.lane[i] < bound ? bound : x.lane[i]; }); }
   static F at_most(float bound, F x) { return each([&](int i) { return x.lane[i] > bound ? bound : x.lane[i]; }); }
   static F abs(F x) { return each([&](int i) { return std::fabs(x.lane[i]); }); }
+  static F negate(F x) { return each([&](int i) { return -x.lane[i]; }); }
   static F copy_sign(F magnitude, F sign) {
     return each([&](int i) { return std::copysign(magnitude.lane[i], sign.lane[i]); });
   }
@@ -101,6 +123,39 @@ struct Simd {
   static I dot4_pair(I sum, I magnitude0, I sign0, I w0, I magnitude1, I sign1, I w1) {
     return dot4(dot4(sum, magnitude0, sign0, w0), magnitude1, sign1, w1);
   }
+
+  // Eight numbers of `bits` <= 4 bits, from the lowest up.
+  static I split_bits(uint32_t word, int bits) {
+    I y;
+    for (int i = 0; i < 8; i++) y.lane[i] = static_cast<int32_t>(word >> (i * bits) & ((1u << bits) - 1));
+    return y;
+  }
+  // The low, and the high, four bits of each byte.
+  static I low_nibbles(I x) {
+    for (int i = 0; i < 8; i++) x.lane[i] &= 0x0f0f0f0f;
+    return x;
+  }
+  static I high_nibbles(I x) {
+    for (int i = 0; i < 8; i++) x.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(x.lane[i]) >> 4 & 0x0f0f0f0fu);
+    return x;
+  }
+  // The four bits from bit Shift on of each lane.
+  template <int Shift>
+  static F nibble_to_float(I x) {
+    return each([&](int i) { return static_cast<float>(static_cast<uint32_t>(x.lane[i]) >> Shift & 15u); });
+  }
+  // A sum over at most eight calls of dot4_nibbles, in whatever form is cheap: per lane, four products of a byte of w in
+  // [0, 15] and a signed byte of a in [-127, 127] each.
+  struct Partial {
+    I lanes;
+  };
+  static Partial zero_partial() { return {zero_i()}; }
+  static Partial dot4_nibbles(Partial sum, I w, I a) {
+    for (int i = 0; i < 8; i++)
+      for (int b = 0; b < 4; b++) sum.lanes.lane[i] += byte_of(w.lane[i], b) * byte_of(a.lane[i], b);
+    return sum;
+  }
+  static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
   static F load_bf16(const uint16_t* p) {
     return each([&](int i) { return bits<float>(static_cast<uint32_t>(p[i]) << 16); });
@@ -156,22 +211,23 @@ struct Simd {
     for (int i = 0; i < 8; i++) sum += x.lane[i];
     return sum;
   }
-  // 32 codes q = round-half-even(x * scale), where |x * scale| < 127.5, as 8 times {4 signs, 4 magnitudes}: sign 0 or
-  // 0xff. Returns negative + the magnitudes of the negative codes, spread over the lanes in any way.
-  static I store_codes(I negative, const F (&x)[4], F scale, uint8_t* to) {
-    for (int v = 0; v < 4; v++) {
-      const F q = round(mul(x[v], scale));
-      for (int i = 0; i < 8; i++) {
-        const int32_t code = static_cast<int32_t>(q.lane[i]), at = 8 * v + i;
-        to[at / 4 * 8 + at % 4] = code < 0 ? 0xff : 0;
-        to[at / 4 * 8 + at % 4 + 4] = static_cast<uint8_t>(code < 0 ? -code : code);
-        negative.lane[i] += code < 0 ? -code : 0;
-      }
+  // 32 signed bytes q = round-half-even(x * scale), where |x * scale| < 127.5.
+  static I codes(const F (&x)[4], F scale) {
+    int8_t q[32];
+    for (int i = 0; i < 32; i++) q[i] = static_cast<int8_t>(round(mul(x[i / 8], scale)).lane[i % 8]);
+    return load_bytes(q);
+  }
+  // 32 codes as 8 times {4 signs, 4 magnitudes}: sign 0 or 0xff. Returns negative + the magnitudes of the negative codes,
+  // spread over the lanes in any way.
+  static I store_codes(I negative, I q, uint8_t* to) {
+    for (int at = 0; at < 32; at++) {
+      const int code = byte_of(q.lane[at / 4], at % 4);
+      to[at / 4 * 8 + at % 4] = code < 0 ? 0xff : 0;
+      to[at / 4 * 8 + at % 4 + 4] = static_cast<uint8_t>(code < 0 ? -code : code);
+      negative.lane[at / 4] += code < 0 ? -code : 0;
     }
     return negative;
   }
-  // Eight unsigned bytes.
-  static F load_codes(const uint8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
 };
 
 }  // namespace

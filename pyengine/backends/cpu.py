@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from .. import _C
 from ..formats import WeightFormat
-from ..packed import PackedWeight
+from ..packed import DTYPES, PackedWeight
 from ..registry import KernelSpec, Layout, Problem
+from .torch import CANONICAL
 
 logger = logging.getLogger("pyengine")
 
@@ -78,48 +80,87 @@ def _unpack_panels(layout: Tensor, format: WeightFormat, shape: tuple[int, int])
     return PackedWeight(format, shape, qdata, scale.to(getattr(torch, format.scale_dtype)))
 
 
-def _rows_offset(n: int) -> int:
-    return (4 * n + 63) // 64 * 64
+def _zero_point(format: WeightFormat) -> int:
+    """The code that means 0, or -1 where each group has its own. A binary code counts double."""
+    if format.encoding == "int":
+        return 1 << (format.bits - 1)
+    return 1 if format.encoding in ("ternary", "binary") else -1
 
 
-def _rows_bytes(format: WeightFormat, shape: tuple[int, int]) -> int:
-    n, k = shape
-    return _rows_offset(n) + n * k
+def _group(format: WeightFormat, k: int) -> int:
+    return format.group_size or max(k, 1)
 
 
-def _pack_rows(weight: PackedWeight) -> Tensor:
-    n, k = weight.shape
-    start = _rows_offset(n)
-    layout = torch.empty(_rows_bytes(weight.format, weight.shape), dtype=torch.uint8, device="cpu")
-    layout[: 4 * n].view(torch.float32).copy_(weight.scale.view(-1))
-    layout[4 * n : start].zero_()
-    layout[start:].view(n, k).copy_(weight.qdata)
+def _nibble_offsets(format: WeightFormat, shape: tuple[int, int]) -> tuple[int, int, int]:
+    """Where the zero points begin, where the codes begin, and the size."""
+    scale_size, stored = DTYPES[format.scale_dtype].itemsize, _zero_point(format) < 0
+    return _C.nibbles_offsets(*shape, _group(format, shape[1]), scale_size, stored)
+
+
+def _nibbles_bytes(format: WeightFormat, shape: tuple[int, int]) -> int:
+    return _nibble_offsets(format, shape)[2]
+
+
+def _to_panels(per_group: Tensor) -> Tensor:
+    """(N, groups) -> (N / 16, groups, 16), padded with zeros."""
+    n, groups = per_group.shape
+    return torch.nn.functional.pad(per_group, (0, 0, 0, -n % 16)).view(-1, 16, groups).transpose(1, 2)
+
+
+def _from_panels(part: Tensor, dtype: torch.dtype, n: int, groups: int) -> Tensor:
+    panels = part[: -(-n // 16) * 16 * groups * dtype.itemsize].view(dtype).view(-1, groups, 16)
+    per_group = part.new_empty(n, groups, dtype=dtype)
+    return per_group.copy_(panels.transpose(1, 2).reshape(-1, groups)[:n])
+
+
+def _doubled(format: WeightFormat) -> int:
+    """How far a code is shifted: binary codes 0 and 1 mean -1 and 1, which is 0 and 2 with zero point 1."""
+    return int(format.encoding == "binary")
+
+
+def _pack_nibbles(weight: PackedWeight) -> Tensor:
+    format, (n, k) = weight.format, weight.shape
+    zero_at, codes_at, size = _nibble_offsets(format, weight.shape)
+    layout = torch.empty(size, dtype=torch.uint8, device="cpu")
+    layout[:codes_at].zero_()
+    for begin, per_group in ((0, weight.scale), (zero_at, weight.zero)):
+        if per_group is not None:
+            part = _to_panels(per_group)
+            end = begin + part.numel() * part.element_size()
+            layout[begin:end].view(part.dtype).view(part.shape).copy_(part)
+    codes = layout.data_ptr() + codes_at
+    _C.pack_nibbles(weight.qdata.data_ptr(), n, k, format.bits, _doubled(format), codes)
     return layout
 
 
-def _unpack_rows(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -> PackedWeight:
-    n, k = shape
-    scale = layout[: 4 * n].view(torch.float32).view(n, 1).to(getattr(torch, format.scale_dtype), copy=True)
-    return PackedWeight(format, shape, layout[_rows_offset(n) :].view(n, k).clone(), scale)
+def _unpack_nibbles(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -> PackedWeight:
+    (n, k), groups = shape, format.groups(shape[1])
+    zero_at, codes_at, _ = _nibble_offsets(format, shape)
+    qdata = layout.new_empty(n, format.row_bytes(k))
+    codes = layout.data_ptr() + codes_at
+    _C.unpack_nibbles(codes, n, k, format.bits, _doubled(format), qdata.data_ptr())
+    scale = _from_panels(layout, DTYPES[format.scale_dtype], n, groups)
+    zero = _from_panels(layout[zero_at:], torch.uint8, n, groups) if format.zero_dtype else None
+    return PackedWeight(format, shape, qdata, scale, zero)
 
 
+NIBBLES = Layout("nibbles16x8", _nibbles_bytes, _pack_nibbles, _unpack_nibbles)
 PANELS = Layout("panels16x4", _panels_bytes, _pack_panels, _unpack_panels)
-ROWS = Layout("rows8", _rows_bytes, _pack_rows, _unpack_rows)
 
 
 _FLOAT32 = torch.float32
 
 
-def _linear(index: int) -> Callable[..., Tensor]:
-    run = _C.linear
+def format_arguments(format: WeightFormat) -> tuple[int, int, int]:
+    """The group size (0: the whole row), type of the scales and zero point of a call."""
+    return format.group_size, DTYPE_CODES[DTYPES[format.scale_dtype]], _zero_point(format)
+
+
+def _linear(index: int, problem: Problem) -> Callable[..., Tensor]:
+    run, (group_size, scale_type, zero) = _C.linear, format_arguments(problem.format)
 
     def linear(
-        x: Tensor,
-        layout: Tensor,
-        bias: Tensor | None,
-        shape: tuple[int, int],
-        problem: Any,
-        activation: str | None,
+        x: Tensor, layout: Tensor, bias: Tensor | None, shape: tuple[int, int], activation: str | None
     ) -> Tensor:
         n, k = shape
         size = x.shape
@@ -136,34 +177,38 @@ def _linear(index: int) -> Callable[..., Tensor]:
         code = DTYPE_CODES[x.dtype]
         run(
             index, x.data_ptr(), code, m, layout.data_ptr(), n, k, 0 if bias is None else bias.data_ptr(),
-            y.data_ptr(), code, 0 if activation is None else ACTIVATION_CODES[activation], 0,
+            y.data_ptr(), code, 0 if activation is None else ACTIVATION_CODES[activation],
+            group_size or k or 1, scale_type, zero, 0,
         )  # fmt: skip
         return y
 
     return linear
 
 
-def linear_int32(kernel: KernelSpec, x: Tensor, layout: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The kernel's bare int32 sums of int8 codes: (M, K) -> (M, N)."""
-    n, k = shape
-    y = x.new_empty((x.shape[0], n), dtype=torch.int32)
+def linear_into(
+    y: Tensor, kernel: KernelSpec, format: WeightFormat, x: Tensor, layout: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """The kernel as it is, on contiguous tensors of any pair of types that it takes: x (M, K) -> y (M, N)."""
+    (n, k), (group_size, scale_type, zero) = shape, format_arguments(format)
     _C.linear(
         _INDEX[kernel.name], x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], layout.data_ptr(), n, k, 0,
-        y.data_ptr(), DTYPE_CODES[y.dtype], 0, 0,
+        y.data_ptr(), DTYPE_CODES[y.dtype], 0, group_size or k or 1, scale_type, zero, 0,
     )  # fmt: skip
     return y
 
 
-def _embedding(index: int) -> Callable[..., Tensor]:
-    def embedding(
-        ids: Tensor, layout: Tensor, shape: tuple[int, int], problem: Any, dtype: torch.dtype
-    ) -> Tensor:
+def _embedding(index: int, problem: Problem) -> Callable[..., Tensor]:
+    group_size, scale_type, zero = format_arguments(problem.format)
+    bits, factor = problem.format.bits, 1 + _doubled(problem.format)
+
+    def embedding(ids: Tensor, layout: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         n, k = shape
         wide = ids.to(torch.int64).contiguous()
         y = layout.new_empty((*ids.shape, k), dtype=dtype)
         bad = _C.embedding(
-            index, wide.data_ptr(), wide.numel(), layout.data_ptr(), n, k, y.data_ptr(), DTYPE_CODES[dtype]
-        )
+            index, wide.data_ptr(), wide.numel(), layout.data_ptr(), n, k, y.data_ptr(), DTYPE_CODES[dtype],
+            bits, group_size or k or 1, scale_type, zero, factor,
+        )  # fmt: skip
         if bad >= 0:
             raise IndexError(f"embedding: index {int(wide.view(-1)[bad])} is out of range for {n} rows")
         return y
@@ -171,29 +216,45 @@ def _embedding(index: int) -> Callable[..., Tensor]:
     return embedding
 
 
-def _int8_per_channel(problem: Problem) -> bool:
-    format = problem.format
+def _int8_per_channel(format: WeightFormat) -> bool:
     return format.encoding == "int" and format.bits == 8 and not format.group_size
 
 
-# By (op, variant in kernels.inc): the layout, the activations served, what makes a function of an index.
-_VARIANTS: dict[tuple[str, str], tuple[Layout, str, Callable[[int], Callable[..., Tensor]]]] = {
-    ("linear", "int8"): (PANELS, "float", _linear),
-    ("linear", "int8_a8"): (PANELS, "a8", _linear),
-    ("embedding", "int8"): (ROWS, "float", _embedding),
+def _in_octets(format: WeightFormat) -> bool:
+    """Whole zero points, and eight codes at a time lie in one group."""
+    return format.zero_dtype != "float32" and format.group_size % 8 == 0
+
+
+def _up_to_4_bits(format: WeightFormat) -> bool:
+    return format.bits <= 4 and _in_octets(format)
+
+
+def _8_bits(format: WeightFormat) -> bool:
+    return format.bits == 8 and _in_octets(format)
+
+
+# By (op, variant in kernels.inc): the layout, the formats and the activations served, and what makes a
+# function of an index and a problem.
+_VARIANTS: dict[tuple[str, str], tuple[Layout, Callable[[WeightFormat], bool], str, Callable[..., Any]]] = {
+    ("linear", "int8"): (PANELS, _int8_per_channel, "float", _linear),
+    ("linear", "int8_a8"): (PANELS, _int8_per_channel, "a8", _linear),
+    ("linear", "int4"): (NIBBLES, _up_to_4_bits, "float", _linear),
+    ("linear", "int4_a8"): (NIBBLES, _up_to_4_bits, "a8", _linear),
+    ("embedding", "int8"): (CANONICAL, _8_bits, "float", _embedding),
+    ("embedding", "int4"): (CANONICAL, _up_to_4_bits, "float", _embedding),
 }
 
 
 def _spec(op: str, variant: str, isa: str, index: int) -> KernelSpec:
-    layout, activation, make = _VARIANTS[op, variant]
+    layout, fits, activation, run = _VARIANTS[op, variant]
     return KernelSpec(
         name=f"{op}_{variant}_{isa}",
         op=op,
         device="cpu",
         isa=isa,
         layout=layout,
-        serves=lambda problem: _int8_per_channel(problem) and problem.input_spec.name == activation,
-        run=make(index),
+        serves=lambda problem: fits(problem.format) and problem.input_spec.name == activation,
+        bind=partial(run, index),
     )
 
 

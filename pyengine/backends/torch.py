@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,11 +79,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _linear(
+    problem: Problem,
     x: Tensor,
     layout: Tensor,
     bias: Tensor | None,
     shape: tuple[int, int],
-    problem: Problem,
     activation: str | None,
 ) -> Tensor:
     weight = _views(layout, problem.format, shape).dequantize(torch.float32)
@@ -99,7 +101,7 @@ def _linear(
 
 
 def _embedding(
-    ids: Tensor, layout: Tensor, shape: tuple[int, int], problem: Problem, dtype: torch.dtype
+    problem: Problem, ids: Tensor, layout: Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     weight = _views(layout, problem.format, shape)
     flat = ids.reshape(-1).long()
@@ -115,6 +117,6 @@ def _serves(problem: Problem) -> bool:
 
 
 KERNELS = tuple(
-    KernelSpec(f"{op}_torch", op, "any", "torch", CANONICAL, _serves, run, fallback=True)
+    KernelSpec(f"{op}_torch", op, "any", "torch", CANONICAL, _serves, partial(partial, run), fallback=True)
     for op, run in (("linear", _linear), ("embedding", _embedding))
 )

@@ -14,12 +14,14 @@ constexpr int64_t kGrainElements = 1 << 15;
 
 }  // namespace
 
-int64_t linear_workspace_bytes(const LinearKernel& kernel, int64_t M, int64_t K) {
-  return kernel.workspace_bytes(std::min(M, kLinearRowBlock), K);
+int64_t linear_workspace_bytes(const LinearKernel& kernel, const LinearArgs& args) {
+  LinearArgs block = args;
+  block.M = std::min(kLinearRowBlock, args.M);
+  return kernel.workspace_bytes(block);
 }
 
 void linear(const LinearKernel& kernel, const LinearArgs& args) {
-  const Panels panels(args.N, args.K);
+  const int64_t panels = (args.N + kPanel - 1) / kPanel;
   for (int64_t m = 0; m < args.M; m += kLinearRowBlock) {
     LinearArgs block = args;
     block.M = std::min(kLinearRowBlock, args.M - m);
@@ -27,7 +29,7 @@ void linear(const LinearKernel& kernel, const LinearArgs& args) {
     block.y = static_cast<char*>(args.y) + m * args.N * element_size(args.y_type);
     parallel_for(block.M, 1 + kGrainElements / (args.K + 1),
                  [&](int64_t begin, int64_t end) { kernel.rows(block, begin, end); });
-    parallel_for(panels.count, 1 + kGrainMacs / (block.M * kPanel * (panels.depth + 1)),
+    parallel_for(panels, 1 + kGrainMacs / (block.M * kPanel * (args.K + 1)),
                  [&](int64_t begin, int64_t end) { kernel.panels(block, begin, end); });
   }
 }

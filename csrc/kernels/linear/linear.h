@@ -15,13 +15,18 @@ struct LinearArgs {
   int64_t M, N, K;
   DType x_type, y_type;
   Activation activation;
+  // Of a weight in groups, see nibbles.h: codes along K that share a scale, at least 1; the type of the scales; the zero
+  // point of every group, or -1 where each has its own in the layout.
+  int64_t group;
+  DType scale_type;
+  int32_t zero;
 };
 
 // A kernel runs in two phases. Neither checks, allocates, starts a thread or keeps state: the ranges of one phase may
 // run at the same time, in any order.
 struct LinearKernel {
-  // What M rows of K take in the workspace.
-  int64_t (*workspace_bytes)(int64_t M, int64_t K);
+  // What the rows of x take in the workspace.
+  int64_t (*workspace_bytes)(const LinearArgs& args);
   // Prepares rows [begin, end) of x in the workspace.
   void (*rows)(const LinearArgs& args, int64_t begin, int64_t end);
   // Computes the columns of the 16-wide panels [begin, end) of y, for all rows.
@@ -31,7 +36,7 @@ struct LinearKernel {
 // Rows are taken in blocks of this many, which bounds the workspace and keeps the prepared rows in the caches.
 constexpr int64_t kLinearRowBlock = 256;
 
-int64_t linear_workspace_bytes(const LinearKernel& kernel, int64_t M, int64_t K);
+int64_t linear_workspace_bytes(const LinearKernel& kernel, const LinearArgs& args);
 
 // args.M rows in blocks, each phase split over torch's threads.
 void linear(const LinearKernel& kernel, const LinearArgs& args);
