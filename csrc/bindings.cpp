@@ -193,8 +193,8 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     pack_panels(pointer<const uint8_t>(qdata), pointer<const float>(scale), N, K, pointer<uint8_t>(layout));
   });
-  m.def("nibbles_offsets", [](int64_t N, int64_t K, int64_t group, int64_t scale_size, bool stored_zero) {
-    const Nibbles layout(N, K, group, scale_size, stored_zero);
+  m.def("nibbles_offsets", [](int64_t N, int64_t K, int64_t group, int64_t scale_size, int64_t zero_size) {
+    const Nibbles layout(N, K, group, scale_size, zero_size);
     return py::make_tuple(layout.zero, layout.codes, layout.bytes);
   });
   m.def("pack_nibbles", [](uintptr_t qdata, int64_t N, int64_t K, int bits, int shift, uintptr_t codes) {

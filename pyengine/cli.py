@@ -98,7 +98,9 @@ def _compress(arguments: argparse.Namespace) -> int:
     if arguments.weights is not None:
         load_weights(model, arguments.weights)
     before = sum(tensor.nbytes for tensor in model.state_dict().values())
-    compressed, report = compress(model, scheme, include=arguments.include, exclude=arguments.exclude)
+    compressed, report = compress(
+        model, scheme, include=arguments.include, exclude=arguments.exclude, method=arguments.method
+    )
     save(compressed, target)
     print(report)
     print(f"{shown(target)}: {human_bytes(target.stat().st_size)}; the float model has {human_bytes(before)}")
@@ -260,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
         compress.add_argument(
             option, metavar="P", action="append", help=f"{what}: a glob or re:regex; repeatable"
         )
+    compress.add_argument("--method", metavar="M", help="how codes are found: round, mse or hqq")
     compress.add_argument("--force", action="store_true", help="replace FILE if it exists")
     compress.set_defaults(run=_compress)
 

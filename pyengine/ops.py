@@ -374,7 +374,7 @@ def linear_int32(x: Tensor, weight: PackedWeight, *, kernel: str | None = None) 
     if bool((x == -128).any()):
         raise ValueError("linear_int32: x has the code -128; codes lie in [-127, 127]")
     prepared, layout = prepare("linear", weight, ACTIVATIONS["a8"], kernel=kernel)
-    if prepared.kernel.fallback:
+    if prepared.kernel.fallback or weight.format.zero_dtype == "float32":
         raise NotImplementedError(f"linear_int32: no integer kernel for {weight.format.name}")
     y = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.int32)
     return cpu.linear_into(y, prepared.kernel, weight.format, x.contiguous(), layout, weight.shape)

@@ -18,7 +18,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uin
 _BLOCK = 1 << 20
 
 
-def _row_blocks(n: int, k: int) -> Iterator[slice]:
+def row_blocks(n: int, k: int) -> Iterator[slice]:
     step = max(1, _BLOCK // max(k, 1))
     return (slice(row, min(row + step, n)) for row in range(0, n, step))
 
@@ -38,7 +38,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     width = (k * bits + 7) // 8
     packed = torch.empty(n, width, dtype=torch.uint8, device=codes.device)
     shifts = _bit_shifts(bits, codes.device)
-    for rows in _row_blocks(n, k):
+    for rows in row_blocks(n, k):
         octets = torch.nn.functional.pad(codes[rows], (0, -k % 8)).view(-1, -(-k // 8), 8)
         words = (octets.long() << shifts).sum(-1).view(torch.uint8).view(octets.shape[0], -1, 8)
         packed[rows] = words[..., :bits].reshape(octets.shape[0], -1)[:, :width]
@@ -53,7 +53,7 @@ def unpack_codes(qdata: Tensor, bits: int, k: int) -> Tensor:
     codes = torch.empty(n, k, dtype=torch.uint8, device=qdata.device)
     shifts = _bit_shifts(bits, qdata.device)
     octets = -(-k // 8)
-    for rows in _row_blocks(n, k):
+    for rows in row_blocks(n, k):
         block = torch.nn.functional.pad(qdata[rows], (0, octets * bits - qdata.shape[1])).view(
             -1, octets, bits
         )
@@ -165,7 +165,7 @@ class PackedWeight:
         n, k = self.shape
         codes = self.codes()
         weight = torch.empty(n, k, dtype=dtype, device=codes.device)
-        for rows in _row_blocks(n, k):
+        for rows in row_blocks(n, k):
             q = codes[rows].float()
             if self.format.encoding == "int":
                 q -= 2 ** (self.format.bits - 1)
@@ -185,36 +185,72 @@ class PackedWeight:
 
         Raises ValueError if the weight is not finite or has no values.
         """
+        if format.zero_dtype == "float32":
+            raise NotImplementedError(f"format {format.name}: no rounding quantizer")
+        cls.require_roundable(weight, format)
+        n, k = weight.shape
+        scale = torch.empty(n, format.groups(k), device=weight.device)
+        for rows in row_blocks(n, k):
+            scale[rows] = _scales(weight[rows].detach().float(), format, pair_sum)
+        zero = None
+        if format.encoding == "uint":
+            zero = torch.empty_like(scale)
+            stored = stored_scale(scale, format).float()
+            for rows in row_blocks(n, k):
+                low, _ = extremes(grouped(weight[rows].detach().float(), format))
+                zero[rows] = torch.where(stored[rows] > 0, -low / stored[rows], 0.0).round_()
+        return cls.encode(weight, format, scale, zero)
+
+    @classmethod
+    def encode(
+        cls, weight: Tensor, format: WeightFormat, scale: Tensor, zero: Tensor | None = None
+    ) -> PackedWeight:
+        """The nearest codes of a float (N, K) weight for given parameters (N, groups), float32: scales, and
+        for uint formats zero points, whole or not as the format's are. A scale of 0 makes a group of zeros.
+        Scales that float16 would lose make the whole tensor float32.
+        """
+        n, k = weight.shape
+        stored = stored_scale(scale, format)
+        format = replace(format, scale_dtype="float32" if stored.dtype == torch.float32 else "float16")
+        codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+        top = 2**format.bits - 1
+        if zero is not None and format.zero_dtype == "uint8":
+            zero = zero.clamp(0, top)
+        # int8 stays within [-127, 127].
+        low = int(zero is None and format.bits == 8)
+        for rows in row_blocks(n, k):
+            step = _spread(stored[rows].float(), format, k)
+            q = torch.where(step > 0, weight[rows].detach().float() / step, 0.0)
+            if format.zero_dtype != "float32":
+                q.round_()  # before whole numbers are added: halves round to even values, not to even codes
+            q += 2 ** (format.bits - 1) if zero is None else _spread(zero[rows], format, k)
+            codes[rows] = q.round_().clamp_(low, top).to(torch.uint8)
+        kept = None if zero is None else zero.to(DTYPES[format.zero_dtype or "uint8"])
+        return cls(format, (n, k), pack_codes(codes, format.bits), stored, kept)
+
+    @staticmethod
+    def require_roundable(weight: Tensor, format: WeightFormat) -> None:
+        """Raises what is wrong with rounding this weight to that format."""
         format.require_dense()
         if weight.dim() != 2:
             raise ValueError(f"weight has {weight.dim()} dimensions, not 2")
         if not weight.is_floating_point():
             raise TypeError(f"weight is {weight.dtype}, not a float type")
-        if format.encoding not in ("int", "uint") or format.zero_dtype == "float32":
+        if format.encoding not in ("int", "uint"):
             raise NotImplementedError(f"format {format.name}: no rounding quantizer")
         if weight.is_meta:
             raise ValueError("weight is on the meta device: it has no values to quantize")
-        n, k = weight.shape
-        weight = weight.detach()
-        scale = torch.empty(n, format.groups(k), device=weight.device)
-        zero = torch.zeros_like(scale) if format.encoding == "uint" else None
-        codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
-        for rows in _row_blocks(n, k):
-            block = weight[rows].float()
-            if not bool(torch.isfinite(block).all()):
+        for rows in row_blocks(*weight.shape):
+            if not bool(torch.isfinite(weight[rows]).all()):
                 raise ValueError("weight has values that are not finite")
-            scale[rows] = _scales(block, format, pair_sum)
-        stored = _stored_scale(scale, format)
-        format = replace(format, scale_dtype="float32" if stored.dtype == torch.float32 else "float16")
-        for rows in _row_blocks(n, k):
-            codes[rows], zeros = _round(weight[rows].float(), stored[rows].float(), format)
-            if zero is not None:
-                zero[rows] = zeros
-        qdata = pack_codes(codes, format.bits)
-        return cls(format, (n, k), qdata, stored, None if zero is None else zero.to(torch.uint8))
 
 
-def _grouped(w: Tensor, format: WeightFormat) -> Tensor:
+def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest weight of each group (..., group size), and 0."""
+    return groups.amin(-1).clamp(max=0.0), groups.amax(-1).clamp(min=0.0)
+
+
+def grouped(w: Tensor, format: WeightFormat) -> Tensor:
     """(N, K) -> (N, groups, group size), padded with zeros; a group is at most as long as a row."""
     n, k = w.shape
     size = max(min(format.group_size or k, k), 1)
@@ -233,32 +269,20 @@ def _pair_scale(w: Tensor) -> Tensor:
 def _scales(w: Tensor, format: WeightFormat, pair_sum: bool) -> Tensor:
     """float32 (N, groups), before they are stored."""
     if format.encoding == "int":
-        scale = _grouped(w.abs(), format).amax(2) / (2 ** (format.bits - 1) - 1)
+        scale = grouped(w.abs(), format).amax(2) / (2 ** (format.bits - 1) - 1)
         if pair_sum:
             wanted = _pair_scale(w)
             scale = torch.where(wanted <= scale * PAIR_MAX_GROWTH, torch.maximum(scale, wanted), scale)
     else:
-        groups, top = _grouped(w, format), 2**format.bits - 1
-        scale = groups.amax(2).clamp(min=0.0) / top - groups.amin(2).clamp(max=0.0) / top
+        (low, high), top = extremes(grouped(w, format)), 2**format.bits - 1
+        scale = high / top - low / top
     return torch.where(torch.isfinite(1.0 / scale), scale, 0.0)
 
 
-def _stored_scale(scale: Tensor, format: WeightFormat) -> Tensor:
+def stored_scale(scale: Tensor, format: WeightFormat) -> Tensor:
+    """In the format's dtype, or all in float32 if float16 would overflow or become denormal."""
     if format.scale_dtype == "float32":
         return scale
     half = scale.to(torch.float16)
     lost = ~torch.isfinite(half) | ((scale > 0) & (half < 2.0**-14))
     return scale if bool(lost.any()) else half
-
-
-def _round(w: Tensor, scale: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
-    k = w.shape[1]
-    step = _spread(scale, format, k)
-    q = torch.where(step > 0, w / step, 0.0).round_()
-    if format.encoding == "int":
-        top = 2 ** (format.bits - 1) - 1
-        return q.clamp_(-top, top).add_(top + 1).to(torch.uint8), scale
-    top = 2**format.bits - 1
-    low = _grouped(w, format).amin(2).clamp(max=0.0)
-    zero = torch.where(scale > 0, -low / scale, 0.0).round_().clamp_(0, top)
-    return q.add_(_spread(zero, format, k)).clamp_(0, top).to(torch.uint8), zero

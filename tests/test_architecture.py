@@ -16,7 +16,7 @@ FLOORS = [
     {"formats"},
     {"reference", "scheme"},
     {"packed"},
-    {"registry"},
+    {"registry", "quantizers"},
     {"backends"},
     {"ops"},
     {"report", "progress", "container", "manifest", "environment"},

@@ -81,10 +81,10 @@ def _unpack_panels(layout: Tensor, format: WeightFormat, shape: tuple[int, int])
 
 
 def _zero_point(format: WeightFormat) -> int:
-    """The code that means 0, or -1 where each group has its own. A binary code counts double."""
-    if format.encoding == "int":
-        return 1 << (format.bits - 1)
-    return 1 if format.encoding in ("ternary", "binary") else -1
+    """The code that means 0, or what dtypes.h says of zero points per group. A binary code counts double."""
+    if format.zero_dtype is not None:
+        return -1 if format.zero_dtype == "uint8" else -2
+    return 1 << (format.bits - 1) if format.encoding == "int" else 1
 
 
 def _group(format: WeightFormat, k: int) -> int:
@@ -93,8 +93,9 @@ def _group(format: WeightFormat, k: int) -> int:
 
 def _nibble_offsets(format: WeightFormat, shape: tuple[int, int]) -> tuple[int, int, int]:
     """Where the zero points begin, where the codes begin, and the size."""
-    scale_size, stored = DTYPES[format.scale_dtype].itemsize, _zero_point(format) < 0
-    return _C.nibbles_offsets(*shape, _group(format, shape[1]), scale_size, stored)
+    zero_size = 0 if format.zero_dtype is None else DTYPES[format.zero_dtype].itemsize
+    scale_size = DTYPES[format.scale_dtype].itemsize
+    return _C.nibbles_offsets(*shape, _group(format, shape[1]), scale_size, zero_size)
 
 
 def _nibbles_bytes(format: WeightFormat, shape: tuple[int, int]) -> int:
@@ -140,7 +141,9 @@ def _unpack_nibbles(layout: Tensor, format: WeightFormat, shape: tuple[int, int]
     codes = layout.data_ptr() + codes_at
     _C.unpack_nibbles(codes, n, k, format.bits, _doubled(format), qdata.data_ptr())
     scale = _from_panels(layout, DTYPES[format.scale_dtype], n, groups)
-    zero = _from_panels(layout[zero_at:], torch.uint8, n, groups) if format.zero_dtype else None
+    zero = None
+    if format.zero_dtype is not None:
+        zero = _from_panels(layout[zero_at:], DTYPES[format.zero_dtype], n, groups)
     return PackedWeight(format, shape, qdata, scale, zero)
 
 
@@ -220,17 +223,26 @@ def _int8_per_channel(format: WeightFormat) -> bool:
     return format.encoding == "int" and format.bits == 8 and not format.group_size
 
 
-def _in_octets(format: WeightFormat) -> bool:
-    """Whole zero points, and eight codes at a time lie in one group."""
+# Up to this size of a group, a difference of integer sums is exact in float32.
+MAX_FLOAT_GROUP = 8192
+
+
+def _nibbles_fit(format: WeightFormat) -> bool:
+    """Up to 4 bits, and eight codes at a time lie in one group."""
+    whole = format.zero_dtype != "float32" or 0 < format.group_size <= MAX_FLOAT_GROUP
+    return format.bits <= 4 and format.group_size % 8 == 0 and whole
+
+
+def _rows_fit(format: WeightFormat) -> bool:
     return format.zero_dtype != "float32" and format.group_size % 8 == 0
 
 
-def _up_to_4_bits(format: WeightFormat) -> bool:
-    return format.bits <= 4 and _in_octets(format)
+def _rows_of_4_bits(format: WeightFormat) -> bool:
+    return format.bits <= 4 and _rows_fit(format)
 
 
-def _8_bits(format: WeightFormat) -> bool:
-    return format.bits == 8 and _in_octets(format)
+def _rows_of_8_bits(format: WeightFormat) -> bool:
+    return format.bits == 8 and _rows_fit(format)
 
 
 # By (op, variant in kernels.inc): the layout, the formats and the activations served, and what makes a
@@ -238,10 +250,10 @@ def _8_bits(format: WeightFormat) -> bool:
 _VARIANTS: dict[tuple[str, str], tuple[Layout, Callable[[WeightFormat], bool], str, Callable[..., Any]]] = {
     ("linear", "int8"): (PANELS, _int8_per_channel, "float", _linear),
     ("linear", "int8_a8"): (PANELS, _int8_per_channel, "a8", _linear),
-    ("linear", "int4"): (NIBBLES, _up_to_4_bits, "float", _linear),
-    ("linear", "int4_a8"): (NIBBLES, _up_to_4_bits, "a8", _linear),
-    ("embedding", "int8"): (CANONICAL, _8_bits, "float", _embedding),
-    ("embedding", "int4"): (CANONICAL, _up_to_4_bits, "float", _embedding),
+    ("linear", "int4"): (NIBBLES, _nibbles_fit, "float", _linear),
+    ("linear", "int4_a8"): (NIBBLES, _nibbles_fit, "a8", _linear),
+    ("embedding", "int8"): (CANONICAL, _rows_of_8_bits, "float", _embedding),
+    ("embedding", "int4"): (CANONICAL, _rows_of_4_bits, "float", _embedding),
 }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import embedding_prepared
 from ..packed import PackedWeight
+from ..quantizers import quantize
 from ..scheme import Scheme
 from .packed_module import PackedModule
 
@@ -33,13 +36,17 @@ class Embedding(PackedModule):
         self.padding_idx = padding_idx
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding, scheme: str | Scheme, *, name: str = "") -> Embedding:
-        """Quantize a float table, which is left as it is; of the scheme only the weight's part applies."""
+    def from_float(
+        cls, embedding: nn.Embedding, scheme: str | Scheme, *, method: str | None = None, name: str = ""
+    ) -> Embedding:
+        """Quantize a float table, which is left as it is; of the scheme only the weight's part applies.
+        method: see quantizers.METHODS.
+        """
         scheme = Scheme.parse(scheme)
         try:
             if embedding.max_norm is not None:
                 raise ValueError("max_norm changes the weight at run time, which a packed weight cannot")
-            weight = PackedWeight.quantize(embedding.weight, scheme.format)
+            weight = quantize(embedding.weight, replace(scheme, activation_bits=0), method)
         except (ValueError, TypeError) as error:
             raise type(error)(f"embedding {name!r}: {error}") from None
         layer = cls(weight, padding_idx=embedding.padding_idx, dtype=embedding.weight.dtype, name=name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..formats import FLOAT, ActivationSpec
 from ..ops import linear_prepared
 from ..packed import PackedWeight
+from ..quantizers import quantize
 from ..scheme import Scheme
 from .packed_module import PackedModule
 
@@ -47,11 +48,15 @@ class Linear(PackedModule):
         self.register_parameter("bias", own)
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, scheme: str | Scheme, *, name: str = "") -> Linear:
-        """Quantize a float layer, which is left as it is. Raises ValueError if its weight is not finite."""
+    def from_float(
+        cls, linear: nn.Linear, scheme: str | Scheme, *, method: str | None = None, name: str = ""
+    ) -> Linear:
+        """Quantize a float layer, which is left as it is. method: see quantizers.METHODS. Raises ValueError
+        if its weight is not finite.
+        """
         scheme = Scheme.parse(scheme)
         try:
-            weight = PackedWeight.quantize(linear.weight, scheme.format, pair_sum=scheme.pairs)
+            weight = quantize(linear.weight, scheme, method)
         except (ValueError, TypeError) as error:
             raise type(error)(f"linear {name!r}: {error}") from None
         layer = cls(weight, linear.bias, input_spec=scheme.input_spec, dtype=linear.weight.dtype, name=name)

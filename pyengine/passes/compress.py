@@ -20,9 +20,10 @@ def compress(
     *,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    method: str | None = None,
     progress: bool | None = None,
 ) -> tuple[Model, Report]:
     """A compressed copy of the model, and what was done. The model itself stays as it is; see quantize_."""
     compressed = copy.deepcopy(model)
-    report = quantize_(compressed, scheme, include=include, exclude=exclude, progress=progress)
+    report = quantize_(compressed, scheme, include=include, exclude=exclude, method=method, progress=progress)
     return compressed, report

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import nn as packed_nn
 from ..nn.packed_module import PackedModule
 from ..progress import track
+from ..quantizers import METHODS
 from ..report import Change, Left, Report
 from ..scheme import Scheme
 from .select import Pattern, Patterns, Site, as_list, matches, survey, tensor_bytes
@@ -25,6 +26,7 @@ def quantize_(
     *,
     include: Patterns | None = None,
     exclude: Patterns | None = None,
+    method: str | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Replace the Linear and Embedding layers of a model by packed ones, in place.
@@ -34,13 +36,17 @@ def quantize_(
     (module, name)); by default every layer is included. progress: True, False, or None for a bar on a
     terminal.
 
-    Each weight is rounded to the nearest code. Only exact torch types are replaced; the Report says what was
-    left and why. Either all layers are replaced or, on an exception or Ctrl-C, none.
+    method: how codes are found, without data: "round" to the nearest with the scale of the largest weight,
+    "mse" with the scale of the least squared error, "hqq" with half-quadratic zero points (see quantizers);
+    None is "mse" for weights of up to 4 bits, else "round". Only exact torch types are replaced; the Report
+    says what was left and why. Either all layers are replaced or, on an exception or Ctrl-C, none.
 
     Raises ValueError for a pattern that matches no layer, for weights that are not finite (with the layer's
     name), and for a model on the meta device; NotImplementedError for schemes without code.
     """
     rules = _rules(scheme)
+    if method not in (None, *METHODS):
+        raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
     included, excluded = as_list(include), as_list(exclude)
     sites, left = survey(model)
     _check_patterns([*included, *excluded, *(p for p in rules if p != "*")], sites, left, model)
@@ -55,11 +61,12 @@ def quantize_(
     replacements: list[tuple[Site, PackedModule]] = []
     changes = []
     for site, wanted in track(chosen, "quantize", progress):
-        layer = LAYERS[type(site.module)].from_float(site.module, wanted, name=site.name)
+        layer = LAYERS[type(site.module)].from_float(site.module, wanted, method=method, name=site.name)
         replacements.append((site, layer))
-        changes.append(_change(site, layer, wanted))
+        changes.append(_change(site, layer, wanted, method))
     _swap(replacements)
-    record(model, {"pass": "quantize", "scheme": _describe(rules)})
+    step = {"pass": "quantize", "scheme": _describe(rules)}
+    record(model, step if method is None else {**step, "method": method})
     aliases = {alias: site.name for site, _ in replacements for alias in site.aliases}
     return Report(f"quantize_ {_describe(rules)}", tuple(changes), tuple(left), aliases)
 
@@ -103,13 +110,13 @@ def _pick(
     return None, "no pattern of the scheme matches it"
 
 
-def _change(site: Site, layer: PackedModule, scheme: Scheme) -> Change:
+def _change(site: Site, layer: PackedModule, scheme: Scheme, method: str | None) -> Change:
     packed = layer.packed()
     bias = getattr(layer, "bias", None)
     note = ""
     if scheme.scale_dtype is None and packed.format.scale_dtype != scheme.format.scale_dtype:
         note = "scales in float32: float16 would lose some"
-    if scheme.pairs and isinstance(layer, packed_nn.Linear):
+    if scheme.pairs and isinstance(layer, packed_nn.Linear) and method in (None, "round"):
         note = _pair_cost(site, layer)
     activations = "" if layer.input_spec.mode == "float" else f" {layer.input_spec.name}"
     weight = site.module.weight

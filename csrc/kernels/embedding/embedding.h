@@ -19,7 +19,7 @@ struct EmbeddingArgs {
   int64_t count, N, K;
   DType y_type;
   // Of the weight: bits of a code; codes along K that share a scale, a multiple of 8 or at least K; the type of the
-  // scales; the zero point of every group, or -1 where each has its own; what codes are multiplied by, 1 or 2.
+  // scales; the zero point of every group, or kZerosUint8; what codes are multiplied by, 1 or 2.
   int64_t bits, group;
   DType scale_type;
   int32_t zero, factor;

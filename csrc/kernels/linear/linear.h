@@ -16,7 +16,7 @@ struct LinearArgs {
   DType x_type, y_type;
   Activation activation;
   // Of a weight in groups, see nibbles.h: codes along K that share a scale, at least 1; the type of the scales; the zero
-  // point of every group, or -1 where each has its own in the layout.
+  // point of every group, or what dtypes.h says of zero points in the layout.
   int64_t group;
   DType scale_type;
   int32_t zero;

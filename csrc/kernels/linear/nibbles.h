@@ -2,7 +2,7 @@
 // group per row, the same bytes for every instruction set:
 //
 //   scale   float16 or float32 [N / 16][groups][16]   0 in the padding; then padded to 64 bytes
-//   zero    uint8 [N / 16][groups][16]                only if each group has a zero point; then padded to 64 bytes
+//   zero    uint8 or float32 [N / 16][groups][16]     only if each group has a zero point; then padded to 64 bytes
 //   codes   uint8 [N / 16][K / 8][16][4]              byte i of a column holds code i of 8 along K in its low and code
 //                                                     i + 4 in its high bits; N padded to 16 and K to 8 with zeros
 //
@@ -19,12 +19,12 @@ namespace {  // see dtypes.h
 struct Nibbles {
   int64_t count, groups, octets, zero, codes, bytes;  // number of panels, per row groups and eights, offsets in bytes
 
-  Nibbles(int64_t N, int64_t K, int64_t group, int64_t scale_size, bool stored_zero)
+  Nibbles(int64_t N, int64_t K, int64_t group, int64_t scale_size, int64_t zero_size)
       : count((N + kPanel - 1) / kPanel),
         groups(K > 0 ? (K + group - 1) / group : 1),
         octets((K + 7) / 8),
         zero(round_up(count * groups * kPanel * scale_size)),
-        codes(zero + (stored_zero ? round_up(count * groups * kPanel) : 0)),
+        codes(zero + round_up(count * groups * kPanel * zero_size)),
         bytes(codes + count * octets * 4 * kPanel) {}
 
   static int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }

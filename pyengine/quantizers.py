@@ -1,0 +1,168 @@
+"""How the codes of a weight are found: rounding, and what is better than rounding at few bits.
+
+Each method takes a float (N, K) weight and a format and gives a PackedWeight. None needs data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .formats import WeightFormat
+from .packed import PackedWeight, extremes, grouped, row_blocks, stored_scale
+from .scheme import Scheme
+
+Parameters = tuple[Tensor, Tensor | None]  # scale and zero (N, groups), float32
+
+# Ranges between this share of a group's own and all of it are tried.
+SMALLEST_RANGE = 0.5
+RANGES = 26
+
+
+def mse(weight: Tensor, format: WeightFormat) -> PackedWeight:
+    """Scales (and zero points) with the least squared error of each group: min over s, z of
+    sum((w - s (q - z))^2), q = clamp(round(w / s) + z).
+
+    A group's range is clipped to each of RANGES shares of itself, and the scale of the best one is fitted to
+    its codes once more by least squares, s = <w, q - z> / <q - z, q - z>. Never worse than rounding. The
+    search of OMSE (Choukroun et al., 2019, https://arxiv.org/abs/1902.06822), per group.
+    """
+    return _by_rows(weight, format, search)
+
+
+def hqq(weight: Tensor, format: WeightFormat, *, iterations: int = 20) -> PackedWeight:
+    """Half-quadratic quantization (Badri and Shaji, 2023, https://mobiusml.github.io/hqq_blog): zero points
+    that minimize the l_p error with p = 0.7, which cares less about outliers, the scale being that of the
+    range:
+
+        e = shrink(w - s (q - z), beta), shrink(x) = sign(x) max(0, |x| - |x|^(p - 1) / beta)
+        z = mean over the group of (q - (w - e) / s), beta grows by 1 % each time
+
+    The zero points are float32, as published, which costs a 4-bit group of 32 a bit per weight more on disk
+    than whole ones: rounded to whole ones they would be those of the range again. A group keeps those if its
+    l_p error is then smaller. Raises ValueError for symmetric formats, which have no zero points.
+    """
+    if format.encoding != "uint":
+        raise ValueError(f"hqq optimizes zero points, which {format.name} does not have: use an _asym scheme")
+    format = replace(format, zero_dtype="float32")
+    return _by_rows(weight, format, lambda groups, form: _half_quadratic(groups, form, iterations))
+
+
+METHODS = ("round", "mse", "hqq")
+
+
+def default_method(scheme: Scheme) -> str:
+    """Eight bits hold the whole range of a group well enough; below five, clipping pays."""
+    return "mse" if scheme.bits <= 4 else "round"
+
+
+def quantize(weight: Tensor, scheme: Scheme, method: str | None = None) -> PackedWeight:
+    """The weight in the scheme's format, by a method: "round" (PackedWeight.quantize, which alone knows the
+    pair-sum option), "mse", "hqq" or None, the default of the scheme.
+
+    Raises ValueError for another name, and for a weight that is not finite.
+    """
+    method = default_method(scheme) if method is None else method
+    if method == "round":
+        return PackedWeight.quantize(weight, scheme.format, pair_sum=scheme.pairs)
+    if method == "mse":
+        return mse(weight, scheme.format)
+    if method == "hqq":
+        return hqq(weight, scheme.format)
+    raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+
+
+def _by_rows(
+    weight: Tensor, format: WeightFormat, find: Callable[[Tensor, WeightFormat], Parameters]
+) -> PackedWeight:
+    """find((rows, groups, group size), format) gives the parameters of some rows at a time."""
+    PackedWeight.require_roundable(weight, format)
+    n, k = weight.shape
+    scale = torch.zeros(n, format.groups(k), device=weight.device)
+    zero = torch.zeros_like(scale) if format.encoding == "uint" else None
+    for rows in row_blocks(n, k):
+        scale[rows], zeros = find(grouped(weight[rows].detach().float(), format), format)
+        if zero is not None and zeros is not None:
+            zero[rows] = zeros
+    return PackedWeight.encode(weight, format, scale, zero)
+
+
+def _range(groups: Tensor, format: WeightFormat, share: float) -> Parameters:
+    """The parameters that reach `share` of each group's range."""
+    low, high = extremes(groups)
+    if format.encoding == "int":
+        return torch.maximum(low.abs(), high) * (share / (2 ** (format.bits - 1) - 1)), None
+    scale = (high - low) * (share / (2**format.bits - 1))
+    return scale, _zero(low * share, scale, format)
+
+
+def _zero(low: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
+    return torch.where(scale > 0, low.abs() / scale, 0.0).round_().clamp_(0, 2**format.bits - 1)
+
+
+def _offsets(groups: Tensor, scale: Tensor, zero: Tensor | None, format: WeightFormat) -> Tensor:
+    """q - z of each weight, with the scale as it will be stored."""
+    step = stored_scale(scale, format).float()
+    q = (groups * torch.where(step > 0, 1 / step, 0.0)[..., None]).round_()
+    if zero is None:
+        half = 2 ** (format.bits - 1)
+        return q.clamp_(-half, half - 1)
+    top = 2**format.bits - 1
+    return torch.minimum(torch.maximum(q, -zero[..., None]), top - zero[..., None])
+
+
+def _squared_error(groups: Tensor, scale: Tensor, offsets: Tensor, format: WeightFormat) -> Tensor:
+    step = stored_scale(scale, format).float()
+    return (groups - offsets * step[..., None]).square_().sum(-1)
+
+
+def search(groups: Tensor, format: WeightFormat) -> Parameters:
+    """The parameters of mse() for groups (..., group size), as (...)."""
+    scale, zero = _range(groups, format, 1.0)
+    offsets = _offsets(groups, scale, zero, format)
+    least = _squared_error(groups, scale, offsets, format)
+
+    def keep(other: Tensor, other_zero: Tensor | None) -> None:
+        nonlocal least
+        found = _offsets(groups, other, other_zero, format)
+        error = _squared_error(groups, other, found, format)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale.copy_(torch.where(better, other, scale))
+        offsets.copy_(torch.where(better[..., None], found, offsets))
+        if zero is not None and other_zero is not None:
+            zero.copy_(torch.where(better, other_zero, zero))
+
+    for share in torch.linspace(1.0, SMALLEST_RANGE, RANGES)[1:].tolist():
+        keep(*_range(groups, format, share))
+    power = offsets.square().sum(-1)
+    fitted = torch.where(power > 0, (groups * offsets).sum(-1) / power, 0.0).clamp_(min=0.0)
+    keep(fitted, zero)
+    return scale, zero
+
+
+def _half_quadratic(groups: Tensor, format: WeightFormat, iterations: int) -> Parameters:
+    p, beta, growth = 0.7, 10.0, 1.01
+    scale, start = _range(groups, format, 1.0)
+    assert start is not None
+    step = stored_scale(scale, format).float()[..., None]
+    inverse = torch.where(step > 0, 1 / step, 0.0)
+
+    def offsets(zero: Tensor) -> Tensor:
+        return (groups * inverse + zero).round_().clamp_(0, 2**format.bits - 1) - zero
+
+    def error(zero: Tensor) -> Tensor:
+        return (groups - offsets(zero) * step).abs_().pow_(p).sum(-1, keepdim=True)
+
+    zero = start = start[..., None]
+    for _ in range(iterations):
+        off = offsets(zero)
+        rest = groups - off * step
+        size = rest.abs()
+        shrunk = rest.sign() * (size - size.clamp(min=1e-8).pow(p - 1) / beta).clamp_(min=0)
+        zero = (off + zero - (groups - shrunk) * inverse).mean(-1, keepdim=True)
+        beta *= growth
+    return scale, torch.where(error(zero) < error(start), zero, start)[..., 0]
