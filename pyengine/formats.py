@@ -80,6 +80,12 @@ class WeightFormat:
     def row_bytes(self, k: int) -> int:
         return (k * self.bits + 7) // 8
 
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Of a dense weight (N, K) in a file: codes, scales and zero points."""
+        n, k = shape
+        sizes = {"float16": 2, "float32": 4, "uint8": 1, None: 0}
+        return n * (self.row_bytes(k) + self.groups(k) * (sizes[self.scale_dtype] + sizes[self.zero_dtype]))
+
     def require_dense(self) -> None:
         """Raises NotImplementedError for what has a place in the spec but no code yet."""
         if self.sparsity is not None:

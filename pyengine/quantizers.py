@@ -1,6 +1,7 @@
 """How the codes of a weight are found: rounding, and what is better than rounding at few bits.
 
-Each method takes a float (N, K) weight and a format and gives a PackedWeight. None needs data.
+Each method takes a float (N, K) weight and a format and gives a PackedWeight; gptq also what is known of the
+layer's inputs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .formats import WeightFormat
-from .packed import PackedWeight, extremes, grouped, row_blocks, stored_scale
+from .packed import DTYPES, PackedWeight, extremes, grouped, pack_codes, row_blocks, stored_scale
 from .scheme import Scheme
 
 Parameters = tuple[Tensor, Tensor | None]  # scale and zero (N, groups), float32
@@ -51,7 +52,103 @@ def hqq(weight: Tensor, format: WeightFormat, *, iterations: int = 20) -> Packed
     return _by_rows(weight, format, lambda groups, form: _half_quadratic(groups, form, iterations))
 
 
-METHODS = ("round", "mse", "hqq")
+def gptq(
+    weight: Tensor, format: WeightFormat, moments: Tensor, *, act_order: bool = False, damping: float = 0.01
+) -> PackedWeight | None:
+    """GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323): codes with a small error of the layer's
+    output on calibration data, tr((W - Q) H (W - Q)^T), H = moments = sum of x x^T over its inputs, (K, K).
+
+    Column after column is rounded, and what that loses is made good by the columns still to come:
+
+        U = upper Cholesky factor of (H + d I)^-1,  d = damping * mean(diag H)
+        e = (w_j - q_j) / U_jj,  w_k -= e U_jk for k > j
+
+    A group's parameters are found by mse() when its first column is reached. act_order rounds columns in the
+    order of falling H_jj, with parameters found beforehand. The damping grows tenfold until H can be
+    factored; None if it never can, as when H is not finite.
+    """
+    PackedWeight.require_roundable(weight, format)
+    n, k = weight.shape
+    factor = _inverse_factor(moments, damping, act_order)
+    if factor is None:
+        return None
+    order, upper = factor
+    groups = format.groups(k)
+    size = max(min(format.group_size or k, k), 1)
+    w = weight.detach().float().t()[order]  # (K, N): a column of the weight is a row of memory
+    scale = torch.zeros(groups, n, device=w.device)
+    zero = torch.zeros_like(scale) if format.encoding == "uint" else None
+    codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
+    least, top = (0, 2**format.bits - 1) if format.bits < 8 or zero is not None else (1, 255)
+    half = 2 ** (format.bits - 1)
+
+    def find(group: int, columns: Tensor) -> None:
+        found, zeros = search(columns, format)
+        scale[group] = stored_scale(found, format).float()
+        if zero is not None and zeros is not None:
+            zero[group] = zeros
+
+    if act_order:
+        for group in range(groups):
+            find(group, weight.detach()[:, group * size : (group + 1) * size].float())
+    for begin in range(0, k, GPTQ_BLOCK):
+        end = min(begin + GPTQ_BLOCK, k)
+        errors = torch.empty(end - begin, n, device=w.device)
+        for j in range(begin, end):
+            group = int(order[j]) // size
+            if not act_order and j % size == 0:
+                find(group, w[j : j + size].t())
+            step, column = scale[group], w[j]
+            offset = zero[group] if zero is not None else float(half)
+            q = (torch.where(step > 0, column / step, 0.0).round_() + offset).clamp_(least, top)
+            codes[order[j]] = q.to(torch.uint8)
+            error = (column - (q - offset) * step) / upper[j, j]
+            errors[j - begin] = error
+            w[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+        w[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
+    scale = scale.t().contiguous()
+    kept = scale.to(DTYPES[format.scale_dtype])
+    if not kept.float().equal(scale):  # a group's scale was one that float16 would lose
+        format, kept = replace(format, scale_dtype="float32"), scale
+    whole = None if zero is None else zero.t().to(torch.uint8, memory_format=torch.contiguous_format)
+    return PackedWeight(format, (n, k), pack_codes(codes.t().contiguous(), format.bits), kept, whole)
+
+
+GPTQ_BLOCK = 128
+
+
+def _inverse_factor(moments: Tensor, damping: float, act_order: bool) -> tuple[Tensor, Tensor] | None:
+    """The order of the columns, and the upper Cholesky factor of the inverse of the damped moments."""
+    diagonal = moments.diagonal()
+    if not bool(torch.isfinite(moments).all()):
+        return None
+    k = len(diagonal)
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(k)
+    diagonal = diagonal[order]
+    diagonal[diagonal == 0] = 1.0  # an input that is always 0: any code will do
+    mean = float(diagonal.mean()) if k else 0.0
+    for damp in (damping * 10**i for i in range(5)):
+        matrix = moments[order][:, order]
+        matrix.diagonal().copy_(diagonal + damp * mean)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed):
+            continue
+        matrix = torch.cholesky_inverse(matrix)
+        matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+        if not int(failed) and bool(torch.isfinite(matrix).all()):
+            return order, matrix
+    return None
+
+
+def output_error(weight: Tensor, packed: PackedWeight, moments: Tensor) -> float:
+    """||X (W - Q)^T|| / ||X W^T|| from the moments of the inputs X: how much a layer's output is off."""
+    w = weight.detach().float()
+    lost = w - packed.dequantize()
+    size = float(((w @ moments) * w).sum())
+    return (max(float(((lost @ moments) * lost).sum()), 0.0) / size) ** 0.5 if size > 0 else 0.0
+
+
+METHODS = ("round", "mse", "hqq", "gptq")
 
 
 def default_method(scheme: Scheme) -> str:
@@ -60,8 +157,8 @@ def default_method(scheme: Scheme) -> str:
 
 
 def quantize(weight: Tensor, scheme: Scheme, method: str | None = None) -> PackedWeight:
-    """The weight in the scheme's format, by a method: "round" (PackedWeight.quantize, which alone knows the
-    pair-sum option), "mse", "hqq" or None, the default of the scheme.
+    """The weight in the scheme's format, by a method that needs no data: "round" (PackedWeight.quantize,
+    which alone knows the pair-sum option), "mse", "hqq" or None, the default of the scheme.
 
     Raises ValueError for another name, and for a weight that is not finite.
     """
@@ -72,6 +169,8 @@ def quantize(weight: Tensor, scheme: Scheme, method: str | None = None) -> Packe
         return mse(weight, scheme.format)
     if method == "hqq":
         return hqq(weight, scheme.format)
+    if method == "gptq":
+        raise ValueError("gptq needs calibration data: see pe.quantize_")
     raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
 
 

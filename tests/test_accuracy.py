@@ -11,6 +11,7 @@ from helpers import assert_same_bits
 from safetensors import safe_open
 
 import pyengine as pe
+from pyengine.demo.sentences import sentences
 
 # Written for this test, of all sorts: the model has seen none of them.
 SENTENCES = """
@@ -104,16 +105,24 @@ WANTED = {
     "w4_g32_asym": (0.975, 0.24, 0.75, 0.7, 4.5),
     "w4a8_g32_asym": (0.971, 0.25, 0.75, 0.7, 4.5),
     "w4a8_g32": (0.96, 0.3, 0.7, 0.65, 4.5),
+    "w4_g32_asym gptq": (0.985, 0.175, 0.8, 0.75, 4.5),
 }
 
 
 @pytest.fixture(scope="module", params=WANTED)
 def compressed(request, model):
-    scheme = request.param
+    scheme, _, method = request.param.partition(" ")
+    options = {"calibration_data": calibration(model), "forward": lambda m, b: m(b)} if method else {}
     packed, report = pe.compress(
-        model, {"*embeddings*": "w8", "*": scheme} if scheme.startswith("w4") else scheme
+        model, {"*embeddings*": "w8", "*": scheme} if scheme.startswith("w4") else scheme, **options
     )
-    return scheme, packed, report, embed(packed)
+    return request.param, packed, report, embed(packed)
+
+
+def calibration(model):
+    """Prose of another kind than the sentences above: documentation."""
+    texts = sorted(sentences(160), key=len)
+    return [dict(model.tokenize(texts[at : at + 16])) for at in range(0, len(texts), 16)]
 
 
 def test_the_sentences_are_different_from_one_another(reference):

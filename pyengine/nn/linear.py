@@ -59,6 +59,13 @@ class Linear(PackedModule):
             weight = quantize(linear.weight, scheme, method)
         except (ValueError, TypeError) as error:
             raise type(error)(f"linear {name!r}: {error}") from None
+        return cls.from_packed(linear, weight, scheme, name=name)
+
+    @classmethod
+    def from_packed(
+        cls, linear: nn.Linear, weight: PackedWeight, scheme: Scheme, *, name: str = ""
+    ) -> Linear:
+        """As from_float, with codes that have been found already."""
         layer = cls(weight, linear.bias, input_spec=scheme.input_spec, dtype=linear.weight.dtype, name=name)
         return layer.train(linear.training)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +13,23 @@ from torch import Tensor, nn
 from .. import nn as packed_nn
 from ..nn.packed_module import PackedModule
 from ..progress import track
-from ..quantizers import METHODS
+from ..quantizers import METHODS, default_method, gptq, output_error, quantize
 from ..report import Change, Left, Report
 from ..scheme import Scheme
+from .calibration import (
+    Forward,
+    SecondMoments,
+    call_order,
+    evaluation,
+    feed,
+    in_chunks,
+    require_reiterable,
+)
 from .select import Pattern, Patterns, Site, as_list, matches, survey, tensor_bytes
 
 Schemes = str | Scheme | Mapping[Pattern, str | Scheme | None]
+
+logger = logging.getLogger("pyengine")
 
 LAYERS: dict[type[nn.Module], Any] = {nn.Linear: packed_nn.Linear, nn.Embedding: packed_nn.Embedding}
 
@@ -27,6 +41,9 @@ def quantize_(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
     method: str | None = None,
+    calibration_data: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    act_order: bool = False,
     progress: bool | None = None,
 ) -> Report:
     """Replace the Linear and Embedding layers of a model by packed ones, in place.
@@ -36,10 +53,15 @@ def quantize_(
     (module, name)); by default every layer is included. progress: True, False, or None for a bar on a
     terminal.
 
-    method: how codes are found, without data: "round" to the nearest with the scale of the largest weight,
-    "mse" with the scale of the least squared error, "hqq" with half-quadratic zero points (see quantizers);
-    None is "mse" for weights of up to 4 bits, else "round". Only exact torch types are replaced; the Report
-    says what was left and why. Either all layers are replaced or, on an exception or Ctrl-C, none.
+    method: how codes are found: "round" to the nearest with the scale of the largest weight, "mse" with the
+    scale of the least squared error, "hqq" with half-quadratic zero points, "gptq" on calibration data (see
+    quantizers); None is "round" for weights of more than 4 bits, else "gptq" for Linear layers if there is
+    calibration data and "mse" if not. calibration_data: batches, anything that can be iterated over several
+    times; forward(model, batch) says how one is fed, by default as the argument, arguments or keywords.
+    act_order: gptq takes the columns with the largest inputs first.
+
+    Only exact torch types are replaced; the Report says what was left and why. Either all layers are replaced
+    or, on an exception or Ctrl-C, none.
 
     Raises ValueError for a pattern that matches no layer, for weights that are not finite (with the layer's
     name), and for a model on the meta device; NotImplementedError for schemes without code.
@@ -47,6 +69,10 @@ def quantize_(
     rules = _rules(scheme)
     if method not in (None, *METHODS):
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+    if calibration_data is None and method == "gptq":
+        raise ValueError("method 'gptq' needs calibration_data")
+    if calibration_data is not None:
+        require_reiterable(calibration_data)
     included, excluded = as_list(include), as_list(exclude)
     sites, left = survey(model)
     _check_patterns([*included, *excluded, *(p for p in rules if p != "*")], sites, left, model)
@@ -58,17 +84,99 @@ def quantize_(
         else:
             chosen.append((site, picked))
 
-    replacements: list[tuple[Site, PackedModule]] = []
-    changes = []
-    for site, wanted in track(chosen, "quantize", progress):
-        layer = LAYERS[type(site.module)].from_float(site.module, wanted, method=method, name=site.name)
-        replacements.append((site, layer))
-        changes.append(_change(site, layer, wanted, method))
-    _swap(replacements)
+    calibrated = {} if calibration_data is None else _calibrated(chosen, method)
+    with _transaction() as swap:
+        changes = {}
+        plain = [(site, wanted) for site, wanted in chosen if site.name not in calibrated]
+        for site, wanted in track(plain, "quantize", progress):
+            means = None if method == "gptq" else method
+            layer = LAYERS[type(site.module)].from_float(site.module, wanted, method=means, name=site.name)
+            changes[site.name] = _change(site, layer, wanted, method)
+            swap(site, layer)
+        if calibrated:
+            assert calibration_data is not None
+            run = _Gptq(model, calibrated, calibration_data, forward or feed, act_order, progress)
+            for site, wanted, layer, note in run:
+                changes[site.name] = replace(_change(site, layer, wanted, "gptq"), note=note)
+                swap(site, layer)
     step = {"pass": "quantize", "scheme": _describe(rules)}
-    record(model, step if method is None else {**step, "method": method})
-    aliases = {alias: site.name for site, _ in replacements for alias in site.aliases}
-    return Report(f"quantize_ {_describe(rules)}", tuple(changes), tuple(left), aliases)
+    used = "gptq" if calibrated else method
+    record(model, step if used is None else {**step, "method": used})
+    aliases = {alias: site.name for site, _ in chosen for alias in site.aliases}
+    ordered = tuple(changes[site.name] for site, _ in chosen)
+    return Report(f"quantize_ {_describe(rules)}", ordered, tuple(left), aliases)
+
+
+def _calibrated(chosen: list[tuple[Site, Scheme]], method: str | None) -> dict[str, tuple[Site, Scheme]]:
+    """The layers that calibration data is for: by default the Linear layers of up to 4 bits."""
+    return {
+        site.name: (site, scheme)
+        for site, scheme in chosen
+        if type(site.module) is nn.Linear
+        and (method == "gptq" or (method is None and default_method(scheme) != "round"))
+    }
+
+
+class _Gptq:
+    """Quantizes layers in the order in which the model calls them, some at a time: each sees inputs that
+    come through the layers already quantized. Iterating gives (site, scheme, new layer, note), and the layer
+    has to be hung in before the next is asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: dict[str, tuple[Site, Scheme]],
+        data: Iterable[Any],
+        forward: Forward,
+        act_order: bool,
+        progress: bool | None,
+    ) -> None:
+        self._model, self._sites, self._data, self._forward = model, sites, data, forward
+        self._act_order, self._progress = act_order, progress
+        self._layers: dict[str, nn.Linear] = {name: site.module for name, (site, _) in sites.items()}  # type: ignore[misc]
+
+    def __iter__(self) -> Iterator[tuple[Site, Scheme, PackedModule, str]]:
+        batches = sum(1 for _ in self._data)
+        if not batches:
+            raise ValueError("calibration_data is empty")
+        first = next(iter(self._data))
+        called = call_order(self._model, self._layers, first, self._forward)
+        # An eighth of the model for the moments: with the packed layers the peak stays near one and a half.
+        limit = tensor_bytes(*self._model.parameters()) // 8
+        chunks = in_chunks(called, self._layers, limit)
+        steps = iter(track(range(len(chunks) * batches + len(self._layers)), "gptq", self._progress))
+        for chunk in chunks:
+            seen = SecondMoments({name: self._layers[name] for name in chunk})
+            with seen.watching(), evaluation(self._model):
+                for batch in self._data:
+                    self._forward(self._model, batch)
+                    next(steps, None)
+            for name in chunk:
+                site, scheme = self._sites[name]
+                layer, note = self._quantized(name, scheme, seen.moments.pop(name))
+                yield site, scheme, layer, note
+                next(steps, None)
+        for name in (name for name in self._layers if name not in called):
+            site, scheme = self._sites[name]
+            layer = packed_nn.Linear.from_float(self._layers[name], scheme, name=name)
+            logger.warning("linear %r: calibration never calls it, its codes are found without data", name)
+            yield site, scheme, layer, "not called in calibration: without data"
+            next(steps, None)
+        next(steps, None)
+
+    def _quantized(self, name: str, scheme: Scheme, moments: Tensor) -> tuple[PackedModule, str]:
+        linear = self._layers[name]
+        plain = quantize(linear.weight, scheme)
+        packed = gptq(linear.weight, scheme.format, moments, act_order=self._act_order)
+        before = output_error(linear.weight, plain, moments)
+        if packed is None:
+            logger.warning("linear %r: no gptq on its inputs, its codes are found without data", name)
+            packed, note = plain, "gptq impossible: without data"
+        else:
+            after = output_error(linear.weight, packed, moments)
+            note = f"gptq: output error {after:.1%}, without data {before:.1%}"
+        return packed_nn.Linear.from_packed(linear, packed, scheme, name=name), note
 
 
 def _rules(scheme: Schemes) -> dict[Pattern, Scheme | None]:
@@ -111,10 +219,9 @@ def _pick(
 
 
 def _change(site: Site, layer: PackedModule, scheme: Scheme, method: str | None) -> Change:
-    packed = layer.packed()
-    bias = getattr(layer, "bias", None)
+    format, bias = layer.format, getattr(layer, "bias", None)
     note = ""
-    if scheme.scale_dtype is None and packed.format.scale_dtype != scheme.format.scale_dtype:
+    if scheme.scale_dtype is None and format.scale_dtype != scheme.format.scale_dtype:
         note = "scales in float32: float16 would lose some"
     if scheme.pairs and isinstance(layer, packed_nn.Linear) and method in (None, "round"):
         note = _pair_cost(site, layer)
@@ -124,10 +231,10 @@ def _change(site: Site, layer: PackedModule, scheme: Scheme, method: str | None)
     return Change(
         name=site.name,
         before=f"{type(site.module).__name__} {str(weight.dtype).removeprefix('torch.')}",
-        after=f"{packed.format.name}{activations}",
+        after=f"{format.name}{activations}",
         kernel=layer.kernel,
         bytes_before=tensor_bytes(weight, bias),
-        bytes_file=packed.nbytes + tensor_bytes(bias),
+        bytes_file=format.nbytes(layer.prepared.shape) + tensor_bytes(bias),
         bytes_runtime=tensor_bytes(layer.layout, bias),
         fallback=layer.prepared.kernel.fallback,
         note=note,
@@ -146,14 +253,18 @@ def _pair_cost(site: Site, layer: PackedModule) -> str:
     return f"pair sums: steps {growth.mean():.2f}x, at most {growth.max():.2f}x" if growth.numel() else ""
 
 
-def _swap(replacements: list[tuple[Site, PackedModule]]) -> None:
-    """Hang every new layer in its places; on any interruption hang the old ones back."""
+@contextmanager
+def _transaction() -> Iterator[Callable[[Site, PackedModule], None]]:
+    """swap(site, layer) hangs a new layer in all its places; an exception hangs all the old ones back."""
     done: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def swap(site: Site, layer: PackedModule) -> None:
+        for parent, attribute in site.places:
+            done.append((parent, attribute, site.module))
+            parent._modules[attribute] = layer
+
     try:
-        for site, layer in replacements:
-            for parent, attribute in site.places:
-                done.append((parent, attribute, site.module))
-                parent._modules[attribute] = layer
+        yield swap
     except BaseException:
         for parent, attribute, module in done:
             parent._modules[attribute] = module

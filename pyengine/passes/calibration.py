@@ -1,0 +1,103 @@
+"""Running a model on calibration data: how a batch is fed, and what is kept of the inputs of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def require_reiterable(data: Any) -> Iterable[Any]:
+    """Raises ValueError for what can be gone through once only, and TypeError for what cannot at all."""
+    if not isinstance(data, Iterable):
+        raise TypeError(f"calibration_data is a {type(data).__name__}, which cannot be iterated over")
+    if iter(data) is data:
+        raise ValueError(
+            f"calibration_data is a {type(data).__name__}, which can be gone through only once: "
+            "pass a list, a DataLoader, or an object whose __iter__ starts anew"
+        )
+    return data
+
+
+def feed(model: nn.Module, batch: Any) -> Any:
+    """The default of `forward`: a tensor is the argument, a tuple or list the arguments, a dict the
+    keywords.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)) and all(isinstance(item, Tensor) for item in batch):
+        return model(*batch)
+    raise TypeError(f"a calibration batch is a {type(batch).__name__}: say by `forward` how it is fed")
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """In eval mode, without gradients; afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def call_order(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward) -> list[str]:
+    """Names of the layers in the order of their first calls; those that are not called are left out."""
+    order: dict[str, None] = {}
+    with ExitStack() as hooks, evaluation(model):
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
+            hooks.callback(handle.remove)
+        forward(model, batch)
+    return list(order)
+
+
+class SecondMoments:
+    """H = sum over rows x of a layer's input of x x^T: (K, K) float32, for each of some Linear layers,
+    streamed. A NaN or infinity in an input stays in H.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+        self._layers = layers
+        self.moments = {
+            name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+            for name, layer in layers.items()
+        }
+
+    def _add(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = inputs[0] if inputs else keywords["input"]
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.moments[name].addmm_(rows.t(), rows)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                handle = layer.register_forward_pre_hook(
+                    lambda _, inputs, keywords, name=name: self._add(name, inputs, keywords), with_kwargs=True
+                )
+                hooks.callback(handle.remove)
+            yield
+
+
+def in_chunks(names: Iterable[str], layers: Mapping[str, nn.Linear], limit: int) -> list[list[str]]:
+    """Neighbours together as long as their second moments take at most `limit` bytes, at least one each."""
+    chunks: list[list[str]] = []
+    size = 0
+    for name in names:
+        own = 4 * layers[name].in_features ** 2
+        if not chunks or size + own > limit:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(name)
+        size += own
+    return chunks
