@@ -33,5 +33,6 @@ SIZES = ((384, 384), (384, 1536), (768, 768), (768, 3072), (3072, 768), (4096, 4
 
 LINEAR = {
     "default": tuple(LinearCase(m, k, n) for k, n in SIZES for m in ROWS),
+    "int4": tuple(LinearCase(m, k, n) for k, n in ((768, 768), (768, 3072), (4096, 4096)) for m in ROWS),
     "quick": tuple(LinearCase(m, k, n) for k, n in ((384, 1536), (768, 768)) for m in (1, 32)),
 }

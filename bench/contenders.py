@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,13 @@ class Contender:
     problem: Callable[[Tensor, Tensor], str]
 
 
-def ours(linear: nn.Linear, cold_bytes: int) -> Iterator[Contender]:
+SCHEMES = ("w8a8", "w8")
+
+
+def ours(linear: nn.Linear, cold_bytes: int, schemes: Iterable[str] = SCHEMES) -> Iterator[Contender]:
     """pe.nn.Linear with each scheme, and its kernel alone on tensors that are allocated beforehand."""
-    for scheme in ("w8a8", "w8"):
-        layer = pe.nn.Linear.from_float(linear, scheme)
+    for scheme in schemes:
+        layer = pe.nn.Linear.from_float(linear, scheme, method="round")
         yield _module(f"pyengine {scheme}", layer, cold_bytes)
         index = {f"{op}_{variant}_{isa}": index for op, variant, isa, index, _ in _C.kernels()}.get(
             layer.kernel
@@ -57,7 +60,7 @@ def ours(linear: nn.Linear, cold_bytes: int) -> Iterator[Contender]:
 
 def _module(name: str, layer: pe.nn.Linear, cold_bytes: int) -> Contender:
     size = layer.layout.nbytes
-    layers = [layer, *(_replica(layer) for _ in range(_copies(size, cold_bytes) - 1))]
+    layers = [layer, *(_replica(layer) for _ in range(copies(size, cold_bytes) - 1))]
 
     def bind(x: Tensor) -> list[Call]:
         return [functools.partial(each, x) for each in layers]
@@ -70,7 +73,7 @@ def _module(name: str, layer: pe.nn.Linear, cold_bytes: int) -> Contender:
 def _kernel(name: str, layer: pe.nn.Linear, index: int, cold_bytes: int) -> Contender:
     size = layer.layout.nbytes
     # Copies of its own: a weight that the layer has just read would lie in the cache.
-    layouts = [layer.layout.clone() for _ in range(_copies(size, cold_bytes))]
+    layouts = [layer.layout.clone() for _ in range(copies(size, cold_bytes))]
 
     def bind(x: Tensor) -> list[Call]:
         return _bind_kernel(index, layouts, layer, x)[0]
@@ -85,7 +88,8 @@ def _kernel(name: str, layer: pe.nn.Linear, index: int, cold_bytes: int) -> Cont
     )
 
 
-def _copies(size: int, cold_bytes: int) -> int:
+def copies(size: int, cold_bytes: int) -> int:
+    """How many weights of `size` bytes are read before one is read again."""
     return max(1, min(math.ceil(cold_bytes / size), MAX_COPIES))
 
 
@@ -121,14 +125,16 @@ def _reference_problem(layer: pe.nn.Linear, x: Tensor, y: Tensor) -> str:
     packed, quantized = layer.packed(), layer.input_spec.mode != "float"
     assert layer.bias is not None
     codes, scale, bias = packed.codes().numpy(), packed.scale.numpy(), layer.bias.numpy()
+    zero = None if packed.zero is None else packed.zero.numpy()
     expected = torch.from_numpy(
-        reference.linear(x.numpy(), codes, scale, None, packed.format, bias, quantize_input=quantized)
+        reference.linear(x.numpy(), codes, scale, zero, packed.format, bias, quantize_input=quantized)
     )
-    if quantized:
+    groups = packed.format.groups(x.shape[1])
+    if quantized and groups == 1:
         magnitude, roundings = expected.abs() + 2 * layer.bias.abs(), 8
     else:
         magnitude = F.linear(x.abs(), packed.dequantize().abs(), layer.bias.abs())
-        roundings = x.shape[1] + 8
+        roundings = (groups if quantized else x.shape[1]) + 8
     return _beyond(y, expected, magnitude.double() * roundings * 2.0**-24)
 
 
@@ -159,7 +165,7 @@ def exact(linear: nn.Linear, x: Tensor) -> Tensor:
 def torch_float(linear: nn.Linear, cold_bytes: int) -> Contender:
     """F.linear in float32."""
     weight, bias = linear.weight.detach(), linear.bias.detach()
-    weights = [weight.clone() for _ in range(_copies(weight.nbytes, cold_bytes))]
+    weights = [weight.clone() for _ in range(copies(weight.nbytes, cold_bytes))]
 
     def problem(x: Tensor, y: Tensor) -> str:
         magnitude = F.linear(x.abs(), weight.abs(), bias.abs()).double()
@@ -180,7 +186,7 @@ def torch_int8(linear: nn.Linear, cold_bytes: int) -> Contender:
         first = quantize_dynamic(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)[0]
         weight, bias = first.weight(), first.bias()
         layers = [first]
-        for _ in range(_copies(weight.numel(), cold_bytes) - 1):
+        for _ in range(copies(weight.numel(), cold_bytes) - 1):
             layers.append(type(first)(linear.in_features, linear.out_features))
             layers[-1].set_weight_bias(weight, bias)
 
@@ -192,6 +198,3 @@ def torch_int8(linear: nn.Linear, cold_bytes: int) -> Contender:
         "torch_int8", False, f"quantized.dynamic.Linear {torch.backends.quantized.engine}", weight.numel(),
         lambda x: [functools.partial(each, x) for each in layers], first, problem,
     )  # fmt: skip
-
-
-PEERS: dict[str, Callable[[nn.Linear, int], Contender]] = {"torch": torch_float, "torch_int8": torch_int8}

@@ -16,7 +16,8 @@ from pyengine.environment import machine
 from pyengine.progress import track
 
 from .cases import LinearCase
-from .contenders import PEERS, Call, Contender, exact, ours, relative_error
+from .contenders import SCHEMES, Call, Contender, exact, ours, relative_error
+from .peers import DEFAULT_PEERS, PEERS
 
 # More than the last-level cache of one processor: what is read after so many bytes comes from memory.
 COLD_BYTES = 128 * 2**20
@@ -30,7 +31,8 @@ Record = dict[str, Any]
 def run(
     cases: Sequence[LinearCase],
     *,
-    peers: Sequence[str] = tuple(PEERS),
+    schemes: Sequence[str] = SCHEMES,
+    peers: Sequence[str] = DEFAULT_PEERS,
     threads: int = 1,
     seconds: float = 0.2,
     cold_bytes: int = COLD_BYTES,
@@ -38,12 +40,12 @@ def run(
 ) -> list[Record]:
     """One record per case, contender and cache state (warm, cold).
 
-    peers: of PEERS. seconds: spent on each contender per case and cache state. cold_bytes: a cold weight is
-    used again only after so many bytes of other weights. A record holds median_s, q1_s, q3_s (seconds per
-    call, over rounds), gmacs (10**9 multiply-accumulates per second), weight_gbs (10**9 weight bytes per
-    second), relative_error (to the float weights in float64), ratio (the fastest peer's median / this one's:
-    above 1 is faster than every peer) and the machine. A contender whose result is wrong has the problem in
-    `check` and no speed.
+    schemes: of our layers, whose weights are rounded to nearest. peers: of PEERS. seconds: spent on each
+    contender per case and cache state. cold_bytes: a cold weight is used again only after so many bytes of
+    other weights. A record holds median_s, q1_s, q3_s (seconds per call, over rounds), gmacs (10**9
+    multiply-accumulates per second), weight_gbs (10**9 weight bytes per second), relative_error (to the float
+    weights in float64), ratio (the fastest peer's median / this one's: above 1 is faster than every peer) and
+    the machine. A contender whose result is wrong has the problem in `check` and no speed.
 
     Takes about 6 * cold_bytes of memory. Raises ValueError for an unknown peer.
     """
@@ -54,13 +56,18 @@ def run(
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            return list(_measure(cases, peers, seconds, cold_bytes, progress))
+            return list(_measure(cases, schemes, peers, seconds, cold_bytes, progress))
     finally:
         torch.set_num_threads(before)
 
 
 def _measure(
-    cases: Sequence[LinearCase], peers: Sequence[str], seconds: float, cold_bytes: int, progress: bool | None
+    cases: Sequence[LinearCase],
+    schemes: Sequence[str],
+    peers: Sequence[str],
+    seconds: float,
+    cold_bytes: int,
+    progress: bool | None,
 ) -> Iterator[Record]:
     # Weights are built once for all cases that share them.
     ordered = sorted(cases, key=lambda case: (case.k * case.n, case.k, case.m))
@@ -73,7 +80,7 @@ def _measure(
             size = (case.k, case.n)
             contenders = []  # release the old copies before the new ones are made
             linear = _layer(case)
-            contenders, missing = _build(linear, peers, cold_bytes)
+            contenders, missing = _build(linear, schemes, peers, cold_bytes)
         yield from _case(case, linear, contenders, missing, seconds, about)
 
 
@@ -86,14 +93,14 @@ def _layer(case: LinearCase) -> nn.Linear:
 
 
 def _build(
-    linear: nn.Linear, peers: Sequence[str], cold_bytes: int
+    linear: nn.Linear, schemes: Sequence[str], peers: Sequence[str], cold_bytes: int
 ) -> tuple[list[Contender], list[tuple[str, str]]]:
-    """The contenders, and the peers that this torch does not have, with the reason."""
-    contenders, missing = list(ours(linear, cold_bytes)), []
+    """The contenders, and the peers that are not to be had here, with the reason."""
+    contenders, missing = list(ours(linear, cold_bytes, schemes)), []
     for name in peers:
         try:
             contenders.append(PEERS[name](linear, cold_bytes))
-        except (AttributeError, RuntimeError, NotImplementedError) as error:
+        except (ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
             missing.append((name, f"not available here: {type(error).__name__}: {error}".splitlines()[0]))
     return contenders, missing
 

@@ -201,7 +201,8 @@ def _bench_linear(arguments: argparse.Namespace) -> int:
             raise ValueError(f"suite {suite!r} is none of {', '.join(bench.LINEAR)}")
         shapes += bench.LINEAR[suite]
     peers = [name for name in arguments.peers.split(",") if name]
-    records = bench.run(shapes, peers=peers, threads=arguments.threads)
+    schemes = [name for name in arguments.schemes.split(",") if name]
+    records = bench.run(shapes, schemes=schemes, peers=peers, threads=arguments.threads)
     problems = bench.problems(records)
 
     def show() -> None:
@@ -275,9 +276,10 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", allow_abbrev=False, help="measure kernels against their peers")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
-    linear = benches.add_parser("linear", allow_abbrev=False, help="linear layers, int8 weights")
-    linear.add_argument("--suite", metavar="S", help="default or quick")
+    linear = benches.add_parser("linear", allow_abbrev=False, help="linear layers")
+    linear.add_argument("--suite", metavar="S", help="default, int4 or quick")
     linear.add_argument("--shape", metavar="MxKxN", action="append", help="instead of a suite; repeatable")
+    linear.add_argument("--schemes", metavar="S,S", default="w8a8,w8", help="default: %(default)s")
     linear.add_argument("--peers", metavar="P,P", default="torch,torch_int8", help="default: %(default)s")
     _threads(linear)
     _json(linear)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def rendered(table, width):
 def test_the_check_of_each_contender_sees_one_wrong_number(name):
     torch.manual_seed(0)
     linear = nn.Linear(40, 24).requires_grad_(False)
-    everyone = [*contenders.ours(linear, 0), *(make(linear, 0) for make in contenders.PEERS.values())]
+    everyone = [*contenders.ours(linear, 0), *(bench.PEERS[name](linear, 0) for name in bench.DEFAULT_PEERS)]
     contender = next(one for one in everyone if one.name == name)
     x = torch.randn(3, 40)
     with torch.inference_mode():
@@ -112,7 +113,7 @@ def test_every_copy_of_the_weight_computes_the_same_on_memory_of_its_own():
     with torch.inference_mode():
         for contender in (
             *contenders.ours(linear, 6000),
-            *(m(linear, 6000) for m in contenders.PEERS.values()),
+            *(bench.PEERS[name](linear, 6000) for name in bench.DEFAULT_PEERS),
         ):
             calls = contender.bind(x)
             assert len(calls) == math.ceil(6000 / contender.weight_bytes)
@@ -123,8 +124,8 @@ def test_every_copy_of_the_weight_computes_the_same_on_memory_of_its_own():
 
 
 def test_copies_are_bounded_for_tiny_weights():
-    assert contenders._copies(1, 1 << 27) == contenders.MAX_COPIES
-    assert contenders._copies(1 << 30, 1 << 27) == 1
+    assert contenders.copies(1, 1 << 27) == contenders.MAX_COPIES
+    assert contenders.copies(1 << 30, 1 << 27) == 1
 
 
 def test_contenders_take_turns_and_cold_ones_take_another_weight_each_time():
@@ -175,6 +176,24 @@ def test_peers_can_be_left_out():
 def test_unknown_peers_raise():
     with pytest.raises(ValueError, match="peer 'nix' is none of torch, torch_int8"):
         run(peers=("torch", "nix"))
+
+
+def test_a_peer_whose_package_is_missing_is_said_and_the_others_are_measured(monkeypatch):
+    for package in ("onnxruntime", "ai_edge_litert"):
+        monkeypatch.setitem(sys.modules, package, None)
+    records = run(peers=("torch", "onnxruntime_int4", "litert_int4"))
+    for record in records:
+        absent = record["contender"] in ("onnxruntime_int4", "litert_int4")
+        assert record["check"].startswith("not available here: ModuleNotFoundError" if absent else "ok")
+        assert (record["median_s"] is None) == absent
+
+
+def test_schemes_of_four_bits_are_checked_against_the_reference():
+    schemes = ("w4", "w4a8_g32_asym", "w4a8", "w4_g32_asym")
+    records = run(schemes=schemes, peers=())
+    assert {r["contender"] for r in records} == {f"pyengine {s}{k}" for s in schemes for k in ("", " kernel")}
+    assert {record["check"] for record in records} == {"ok"}
+    assert all("int4" in record["kernel"] for record in records)
 
 
 def test_shapes_parse_as_they_print():

@@ -169,7 +169,7 @@ def test_the_method_is_in_the_recipe_if_it_was_named(tmp_path):
     assert step == {"pass": "quantize", "scheme": "w4_g32_asym", "method": "hqq"}
 
 
-# ---- with calibration data ----------------------------------------------------------------------------------
+# ---- with calibration data ---------------------------------------------------------------------------------
 
 
 def correlated_inputs(rows, k, seed=0):

@@ -12,8 +12,11 @@ from .show import Record, heading
 COLOURS = {
     "torch fp32": "#7d889e",
     "torch int8": "#3d4657",
-    "pyengine w8": "#1f8a7d",
-    "pyengine w8a8": "#d9542f",
+    "w8": "#1f8a7d",
+    "w8a8": "#d9542f",
+    "w4_g32_asym": "#7a4fb5",
+    "w4a8_g32": "#c08a1e",
+    "w4a8_g32_asym": "#b03a6f",
 }
 INK, FAINT, GRID = "#1d2433", "#5c677d", "#eceef2"
 AREA_PER_MB = 42.0  # square points

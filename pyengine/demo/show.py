@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -21,30 +22,32 @@ def heading(record: Record) -> str:
     return f"{about['isa']}, {threads}, {about['cpu']}"
 
 
-def table(record: Record) -> Table:
-    """One column per variant; beside sizes and times stands the ratio to torch fp32."""
+def table(record: Record) -> Group:
+    """One column per variant, COLUMNS in a row; beside sizes and times stands the ratio to torch fp32."""
+    rows = record["variants"]
+    parts = [_part(rows[at : at + COLUMNS], rows[0]) for at in range(0, len(rows), COLUMNS)]
+    title = f"MiniLM-L6, {heading(record)}\n" + _LEGEND.format(sentences=record["sentences"])
+    notes = [Text(f"{row['name']}: {row['note']}") for row in rows if row["note"]]
+    return Group(Text(title, style="bold"), *parts, *notes)
+
+
+def _part(rows: list[Record], first: Record) -> Table:
     shown = Table(
-        title=Text(f"MiniLM-L6, {heading(record)}\n" + _LEGEND.format(sentences=record["sentences"])),
-        caption=Text("\n".join(f"{row['name']}: {row['note']}" for row in record["variants"] if row["note"])),
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     shown.add_column("", no_wrap=True)
-    for row in record["variants"]:
+    for row in rows:
         shown.add_column(Text(row["name"]), justify="right", no_wrap=True)
-    first = record["variants"][0]
     for label, cell in LINES:
-        shown.add_row(
-            label, *(cell(row, first) if "latency" in row else Text("-") for row in record["variants"])
-        )
+        shown.add_row(label, *(cell(row, first) if "latency" in row else Text("-") for row in rows))
     return shown
 
 
-_LEGEND = """{sentences} sentences; ms per forward of batch x tokens: median +- half quartile range
+COLUMNS = 4
+
+_LEGEND = """w...: pyengine; {sentences} sentences; ms per forward, batch x tokens: median +- half IQR
 2.00x: half the size or time of torch fp32; 0.50x: twice as large or slow"""
 
 Cell = Callable[[Record, Record], Text]
