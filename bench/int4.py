@@ -21,7 +21,7 @@ from .contenders import Call, Contender, copies, exact, relative_error
 # Rounding Gaussian weights to one int4 scale per row costs about 0.16: beyond this something else is wrong.
 INT4_LIMIT = 0.3
 
-# A copy is a session or interpreter of its own: so many are more than a last-level cache at the sizes measured.
+# A copy is a session or interpreter of its own. So many are more than a last-level cache at our sizes.
 MAX_INT4_COPIES = 128
 
 
