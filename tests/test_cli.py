@@ -197,7 +197,7 @@ BAD_INPUT = [
     ("info zoo.py --jso", "unrecognized arguments: --jso"),
     ("bench linear --shape 1x2", "shape '1x2' is not of the form MxKxN"),
     ("bench linear --shape 0x2x3", "shape '0x2x3'"),
-    ("bench linear --suite nix", "suite 'nix' is none of default, quick"),
+    ("bench linear --suite nix", "suite 'nix' is none of default, int4, quick"),
     ("bench linear --peers nix", "peer 'nix' is none of torch, torch_int8"),
     ("bench linear --threads 0", "--threads: '0' is not a positive number"),
     ("bench", "required: WHAT"),
