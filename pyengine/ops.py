@@ -186,15 +186,19 @@ def _linear_transformed(
     return value + (zero if bias is None else zero + (bias - bias.detach()).to(x.dtype))
 
 
-def embedding_prepared(ids: Tensor, layout: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
-    """pe.ops.embedding on a prepared table."""
-    where = _where("embedding", prepared.name)
+def _check_embedding(where: str, ids: Tensor, layout: Tensor, dtype: torch.dtype) -> None:
     if ids.dtype not in ID_DTYPES:
         raise TypeError(f"{where}: indices are {ids.dtype}, not int64 or int32")
     if ids.device != layout.device:
         raise TypeError(f"{where}: indices are on {ids.device}, weight is on {layout.device}")
     if dtype not in _DTYPES:
         raise TypeError(f"{where}: rows of {dtype}, which is none of float32, bfloat16, float16")
+
+
+def embedding_prepared(ids: Tensor, layout: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
+    """pe.ops.embedding on a prepared table."""
+    where = _where("embedding", prepared.name)
+    _check_embedding(where, ids, layout, dtype)
     if not _is_plain(ids):
         problem = prepared.problem
         out: Tensor = torch.ops.pyengine.embedding(
@@ -269,6 +273,7 @@ def _linear_fake(x: Tensor, layout: Tensor, bias: Tensor | None, n: int, *_: Any
 def _embedding_impl(
     ids: Tensor, layout: Tensor, n: int, k: int, format: str, layout_name: str, dtype: torch.dtype
 ) -> Tensor:
+    _check_embedding("embedding", ids, layout, dtype)
     _check_layout("embedding", layout, layout_name, format, (n, k))
     prepared = _resolve("embedding", format, FLOAT.name, layout_name, (n, k), ids.device.type)
     return prepared.run(ids, layout, prepared.shape, dtype)

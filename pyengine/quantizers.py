@@ -72,10 +72,11 @@ def gptq(
     factor = _inverse_factor(moments, damping, act_order)
     if factor is None:
         return None
-    order, upper = factor
+    permutation, upper = factor
+    order = permutation.tolist()
     groups = format.groups(k)
     size = max(min(format.group_size or k, k), 1)
-    w = weight.detach().float().t()[order]  # (K, N): a column of the weight is a row of memory
+    w = weight.detach().float().t()[permutation]  # (K, N): a column of the weight is a row of memory
     scale = torch.zeros(groups, n, device=w.device)
     zero = torch.zeros_like(scale) if format.encoding == "uint" else None
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
@@ -95,7 +96,7 @@ def gptq(
         end = min(begin + GPTQ_BLOCK, k)
         errors = torch.empty(end - begin, n, device=w.device)
         for j in range(begin, end):
-            group = int(order[j]) // size
+            group = order[j] // size
             if not act_order and j % size == 0:
                 find(group, w[j : j + size].t())
             step, column = scale[group], w[j]
@@ -202,32 +203,28 @@ def _zero(low: Tensor, scale: Tensor, format: WeightFormat) -> Tensor:
     return torch.where(scale > 0, low.abs() / scale, 0.0).round_().clamp_(0, 2**format.bits - 1)
 
 
-def _offsets(groups: Tensor, scale: Tensor, zero: Tensor | None, format: WeightFormat) -> Tensor:
-    """q - z of each weight, with the scale as it will be stored."""
-    step = stored_scale(scale, format).float()
-    q = (groups * torch.where(step > 0, 1 / step, 0.0)[..., None]).round_()
+def _tried(groups: Tensor, scale: Tensor, zero: Tensor | None, format: WeightFormat) -> tuple[Tensor, Tensor]:
+    """q - z of each weight with these parameters, and each group's squared error; the scale as it will be
+    stored.
+    """
+    step = stored_scale(scale, format).float()[..., None]
+    q = (groups * torch.where(step > 0, 1 / step, 0.0)).round_()
     if zero is None:
         half = 2 ** (format.bits - 1)
-        return q.clamp_(-half, half - 1)
-    top = 2**format.bits - 1
-    return torch.minimum(torch.maximum(q, -zero[..., None]), top - zero[..., None])
-
-
-def _squared_error(groups: Tensor, scale: Tensor, offsets: Tensor, format: WeightFormat) -> Tensor:
-    step = stored_scale(scale, format).float()
-    return (groups - offsets * step[..., None]).square_().sum(-1)
+        q.clamp_(-half, half - 1)
+    else:
+        q = torch.minimum(torch.maximum(q, -zero[..., None]), 2**format.bits - 1 - zero[..., None])
+    return q, (groups - q * step).square_().sum(-1)
 
 
 def search(groups: Tensor, format: WeightFormat) -> Parameters:
     """The parameters of mse() for groups (..., group size), as (...)."""
     scale, zero = _range(groups, format, 1.0)
-    offsets = _offsets(groups, scale, zero, format)
-    least = _squared_error(groups, scale, offsets, format)
+    offsets, least = _tried(groups, scale, zero, format)
 
     def keep(other: Tensor, other_zero: Tensor | None) -> None:
         nonlocal least
-        found = _offsets(groups, other, other_zero, format)
-        error = _squared_error(groups, other, found, format)
+        found, error = _tried(groups, other, other_zero, format)
         better = error < least
         least = torch.where(better, error, least)
         scale.copy_(torch.where(better, other, scale))

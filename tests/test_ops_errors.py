@@ -125,6 +125,17 @@ def test_the_operators_compare_a_layout_with_its_sizes(format):
         torch.ops.pyengine.dequantize(layout, 5, 64, format, "rows9", torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float64])
+def test_the_embedding_operator_refuses_rows_that_a_kernel_would_write_past(dtype):
+    """int8 rows have a quarter of the bytes that float32 ones have."""
+    prepared, layout = ops.prepare("embedding", random_weight(parse_format("int8"), 5, 64))
+    name = prepared.kernel.layout.name
+    with pytest.raises(TypeError, match=f"embedding: rows of {dtype}"):
+        torch.ops.pyengine.embedding(torch.tensor([0]), layout, 5, 64, "int8", name, dtype)
+    with pytest.raises(TypeError, match=r"embedding: indices are torch\.float32"):
+        torch.ops.pyengine.embedding(torch.zeros(1), layout, 5, 64, "int8", name, torch.float32)
+
+
 def test_an_unknown_kernel_is_refused(weight):
     with pytest.raises(NotImplementedError, match=f"linear with {weight.format.name}"):
         ops.prepare("linear", weight, kernel="linear_int9_portable")

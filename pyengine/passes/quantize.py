@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .. import nn as packed_nn
 from ..nn.packed_module import PackedModule
+from ..packed import PackedWeight
 from ..progress import track
 from ..quantizers import METHODS, default_method, gptq, output_error, quantize
 from ..report import Change, Left, Report
@@ -95,8 +96,8 @@ def quantize_(
             swap(site, layer)
         if calibrated:
             assert calibration_data is not None
-            run = _Gptq(model, calibrated, calibration_data, forward or feed, act_order, progress)
-            for site, wanted, layer, note in run:
+            found = _by_gptq(model, calibrated, calibration_data, forward or feed, act_order, progress)
+            for site, wanted, layer, note in found:
                 changes[site.name] = replace(_change(site, layer, wanted, "gptq"), note=note)
                 swap(site, layer)
     step = {"pass": "quantize", "scheme": _describe(rules)}
@@ -117,66 +118,57 @@ def _calibrated(chosen: list[tuple[Site, Scheme]], method: str | None) -> dict[s
     }
 
 
-class _Gptq:
-    """Quantizes layers in the order in which the model calls them, some at a time: each sees inputs that
-    come through the layers already quantized. Iterating gives (site, scheme, new layer, note), and the layer
-    has to be hung in before the next is asked for.
+def _by_gptq(
+    model: nn.Module,
+    sites: dict[str, tuple[Site, Scheme]],
+    data: Iterable[Any],
+    forward: Forward,
+    act_order: bool,
+    progress: bool | None,
+) -> Iterator[tuple[Site, Scheme, PackedModule, str]]:
+    """(site, scheme, new layer, note) of each site, in the order in which the model calls them, some at a
+    time: each sees inputs that come through the layers already quantized. A layer has to be hung in before
+    the next is asked for.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: dict[str, tuple[Site, Scheme]],
-        data: Iterable[Any],
-        forward: Forward,
-        act_order: bool,
-        progress: bool | None,
-    ) -> None:
-        self._model, self._sites, self._data, self._forward = model, sites, data, forward
-        self._act_order, self._progress = act_order, progress
-        self._layers: dict[str, nn.Linear] = {name: site.module for name, (site, _) in sites.items()}  # type: ignore[misc]
-
-    def __iter__(self) -> Iterator[tuple[Site, Scheme, PackedModule, str]]:
-        batches = sum(1 for _ in self._data)
-        if not batches:
-            raise ValueError("calibration_data is empty")
-        first = next(iter(self._data))
-        called = call_order(self._model, self._layers, first, self._forward)
-        # An eighth of the model for the moments: with the packed layers the peak stays near one and a half.
-        limit = tensor_bytes(*self._model.parameters()) // 8
-        chunks = in_chunks(called, self._layers, limit)
-        steps = iter(track(range(len(chunks) * batches + len(self._layers)), "gptq", self._progress))
-        for chunk in chunks:
-            seen = SecondMoments({name: self._layers[name] for name in chunk})
-            with seen.watching(), evaluation(self._model):
-                for batch in self._data:
-                    self._forward(self._model, batch)
-                    next(steps, None)
-            for name in chunk:
-                site, scheme = self._sites[name]
-                layer, note = self._quantized(name, scheme, seen.moments.pop(name))
-                yield site, scheme, layer, note
+    batches = sum(1 for _ in data)
+    if not batches:
+        raise ValueError("calibration_data is empty")
+    layers = {name: cast(nn.Linear, site.module) for name, (site, _) in sites.items()}
+    called = call_order(model, layers, next(iter(data)), forward)
+    # An eighth of the model for the moments: with the packed layers the peak stays near one and a half.
+    chunks = in_chunks(called, layers, tensor_bytes(*model.parameters()) // 8)
+    steps = track(range(len(chunks) * batches + len(layers)), "gptq", progress)
+    for chunk in chunks:
+        seen = SecondMoments({name: layers[name] for name in chunk})
+        with seen.watching(), evaluation(model):
+            for batch in data:
+                forward(model, batch)
                 next(steps, None)
-        for name in (name for name in self._layers if name not in called):
-            site, scheme = self._sites[name]
-            layer = packed_nn.Linear.from_float(self._layers[name], scheme, name=name)
-            logger.warning("linear %r: calibration never calls it, its codes are found without data", name)
-            yield site, scheme, layer, "not called in calibration: without data"
+        for name in chunk:
+            site, scheme = sites[name]
+            weight, note = _gptq_weight(layers[name], name, scheme, seen.moments.pop(name), act_order)
+            yield site, scheme, packed_nn.Linear.from_packed(layers[name], weight, scheme, name=name), note
             next(steps, None)
+    for name in (name for name in layers if name not in called):
+        site, scheme = sites[name]
+        logger.warning("linear %r: calibration never calls it, its codes are found without data", name)
+        layer = packed_nn.Linear.from_float(layers[name], scheme, name=name)
+        yield site, scheme, layer, "not called in calibration: without data"
         next(steps, None)
+    next(steps, None)  # past the last: the bar goes away
 
-    def _quantized(self, name: str, scheme: Scheme, moments: Tensor) -> tuple[PackedModule, str]:
-        linear = self._layers[name]
-        plain = quantize(linear.weight, scheme)
-        packed = gptq(linear.weight, scheme.format, moments, act_order=self._act_order)
-        before = output_error(linear.weight, plain, moments)
-        if packed is None:
-            logger.warning("linear %r: no gptq on its inputs, its codes are found without data", name)
-            packed, note = plain, "gptq impossible: without data"
-        else:
-            after = output_error(linear.weight, packed, moments)
-            note = f"gptq: output error {after:.1%}, without data {before:.1%}"
-        return packed_nn.Linear.from_packed(linear, packed, scheme, name=name), note
+
+def _gptq_weight(
+    linear: nn.Linear, name: str, scheme: Scheme, moments: Tensor, act_order: bool
+) -> tuple[PackedWeight, str]:
+    """The weight, and what it does to the layer's output."""
+    plain = quantize(linear.weight, scheme)
+    packed = gptq(linear.weight, scheme.format, moments, act_order=act_order)
+    if packed is None:
+        logger.warning("linear %r: no gptq on its inputs, its codes are found without data", name)
+        return plain, "gptq impossible: without data"
+    before, after = (output_error(linear.weight, weight, moments) for weight in (plain, packed))
+    return packed, f"gptq: output error {after:.1%}, without data {before:.1%}"
 
 
 def _rules(scheme: Schemes) -> dict[Pattern, Scheme | None]:
