@@ -3,9 +3,9 @@
     python -m pyengine.bench.calibration [FILE]
 
 prints one JSON object, and writes it to FILE. Needs the [demo] extra: the model is MiniLM-L6, quantized to
-w4_g32_asym with int8 tables on one thread. It calibrates on documentation and is measured on other sentences of
-the same kind. Peak memory is the resident set's growth during the call, over the bytes of the float model, plus
-one: 1.5 means that half a model was needed on top of it. It is Linux's own count.
+w4_g32_asym with int8 tables on one thread. It calibrates on documentation and is measured on other sentences
+of the same kind. Peak memory is the resident set's growth during the call, over the bytes of the float model,
+plus one: 1.5 means that half a model was needed on top of it. It is Linux's own count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyengine.demo.variants import TABLES, Variant, make_model, model_folder, ru
 from pyengine.environment import machine
 from pyengine.terminal import write_text
 
-SCHEME = {TABLES: "w8", "*": "w4_g32_asym"}
+SCHEME: dict[Any, str | None] = {TABLES: "w8", "*": "w4_g32_asym"}
 TESTED, BATCH = 400, 8
 
 
