@@ -47,7 +47,8 @@ def _part(rows: list[Record], first: Record) -> Table:
 
 COLUMNS = 4
 
-_LEGEND = """w...: pyengine; {sentences} sentences; ms per forward, batch x tokens: median +- half IQR
+_LEGEND = """w...: pyengine; {sentences} sentences
+ms per forward of batch x tokens: median +- half quartile range
 2.00x: half the size or time of torch fp32; 0.50x: twice as large or slow"""
 
 Cell = Callable[[Record, Record], Text]
