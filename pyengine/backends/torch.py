@@ -40,10 +40,13 @@ def _nbytes(format: WeightFormat, shape: tuple[int, int]) -> int:
 
 def _pack(weight: PackedWeight) -> Tensor:
     sections = _sections(weight.format, weight.shape)
-    layout = weight.qdata.new_zeros(_nbytes(weight.format, weight.shape))
+    layout = weight.qdata.new_empty(_nbytes(weight.format, weight.shape))
+    written = 0
     for name, tensor in weight.tensors().items():
         start, end, size, dtype = sections[name]
+        layout[written:start].zero_()
         layout[start:end].view(dtype).view(size).copy_(tensor)
+        written = end
     return layout
 
 
