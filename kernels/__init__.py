@@ -1,1 +1,1 @@
-"""Triton kernels. None yet; see README.md in this folder."""
+"""Triton kernels; see README.md in this folder. Nothing here is imported before a GPU asks for it."""

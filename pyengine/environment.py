@@ -16,7 +16,7 @@ import torch
 
 from . import _C
 from ._version import __version__
-from .backends import KERNELS, cpu
+from .backends import KERNELS, cpu, triton
 from .formats import ACTIVATIONS, FLOAT, FORMATS
 from .registry import Problem, choose
 
@@ -135,20 +135,22 @@ def commit() -> str | None:
 
 
 def kernels() -> list[dict[str, Any]]:
-    """Every kernel in the build and the generic ones: op, name, layout, isa, supported (by this processor).
+    """Every kernel: op, name, layout, isa, supported (by this processor, or a GPU and Triton that are here).
 
-    chosen_for: the formats of formats.FORMATS, with the activations, that the kernel runs here.
+    chosen_for: the formats of formats.FORMATS, with the activations, that the kernel runs on its device.
     """
-    # A kernel's layout does not depend on the ISA, and the portable kernels run everywhere.
-    layouts = {_variant(kernel.name, kernel.isa): kernel.layout.name for kernel in cpu.SUPPORTED}
+    layouts = {kernel.name: kernel.layout.name for kernel in (*cpu.SUPPORTED, *KERNELS)}
+    gpu = triton.available() and torch.cuda.is_available()
     rows = [(op, f"{op}_{variant}_{isa}", isa, supported) for op, variant, isa, _, supported in _C.kernels()]
+    rows += [(kernel.op, kernel.name, kernel.isa, gpu) for kernel in triton.KERNELS]
     rows += [(kernel.op, kernel.name, kernel.isa, True) for kernel in KERNELS if kernel.fallback]
     chosen = _chosen()
     return [
         {
             "op": op,
             "name": name,
-            "layout": layouts.get(_variant(name, isa), "canonical"),
+            # A layout does not depend on the CPU's ISA, and the portable kernels run everywhere.
+            "layout": layouts.get(name) or layouts[name.removesuffix(isa) + "portable"],
             "isa": isa,
             "supported": supported,
             "chosen_for": chosen.get(name, []),
@@ -157,16 +159,15 @@ def kernels() -> list[dict[str, Any]]:
     ]
 
 
-def _variant(name: str, isa: str) -> str:
-    return name.removesuffix(f"_{isa}")
-
-
 def _chosen() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for op in dict.fromkeys(kernel.op for kernel in KERNELS):
         for format in FORMATS.values():
             # An embedding has indices, no activations.
             for spec in (FLOAT,) if op == "embedding" else ACTIVATIONS.values():
-                name = choose(KERNELS, Problem(op, format, spec, "cpu")).name
-                found.setdefault(name, []).append(f"{format.name} {spec.name}")
+                for device in ("cpu", "cuda"):
+                    kernel = choose(KERNELS, Problem(op, format, spec, device))
+                    # Of the generic kernels, what falls to them on the CPU.
+                    if device == "cpu" or not kernel.fallback:
+                        found.setdefault(kernel.name, []).append(f"{format.name} {spec.name}")
     return found

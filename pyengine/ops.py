@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import KERNELS, cpu
+from .backends import KERNELS, cpu, triton
 from .formats import ACTIVATIONS, FLOAT, ActivationSpec, parse_format
 from .packed import PackedWeight
 from .registry import KernelSpec, Problem, choose
@@ -382,7 +382,8 @@ def linear_int32(x: Tensor, weight: PackedWeight, *, kernel: str | None = None) 
     if prepared.kernel.fallback or weight.format.zero_dtype == "float32":
         raise NotImplementedError(f"linear_int32: no integer kernel for {weight.format.name}")
     y = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.int32)
-    return cpu.linear_into(y, prepared.kernel, weight.format, x.contiguous(), layout, weight.shape)
+    into = cpu.linear_into if prepared.kernel.device == "cpu" else triton.linear_into
+    return into(y, prepared.kernel, weight.format, x.contiguous(), layout, weight.shape)
 
 
 def _activation_spec(spec: ActivationSpec | str) -> ActivationSpec:

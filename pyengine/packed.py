@@ -154,7 +154,7 @@ class PackedWeight:
         if device == self.qdata.device:
             return self
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return PackedWeight.trusted(self.format, self.shape, moved)
 
     def codes(self) -> Tensor:
         """(N, K) uint8."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pyengine as pe
-from pyengine.backends import cpu
+from pyengine.backends import cpu, triton
 from pyengine.cli import main
 from pyengine.terminal import shown, write_text
 
@@ -341,13 +341,16 @@ def test_kernels_lists_the_whole_table_and_marks_the_chosen(run):
     rows = {kernel["name"]: kernel for kernel in kernels}
     assert len(rows) == len(kernels)
     expected = {f"{op}_{variant}_{isa}": supported for op, variant, isa, _, supported in pe._C.kernels()}
+    expected |= {kernel.name: torch.cuda.is_available() for kernel in triton.KERNELS}
     assert {name: row["supported"] for name, row in rows.items() if row["isa"] != "torch"} == expected
     best = cpu.ALLOWED_ISAS[0]
     assert rows[f"linear_int8_a8_{best}"]["chosen_for"] == ["int8 a8"]
     assert rows["linear_torch"]["chosen_for"]
-    chosen = [pair for row in kernels if row["op"] == "linear" for pair in row["chosen_for"]]
+    assert rows["linear_int8_a8_triton"]["chosen_for"] == ["int8 a8"]
+    on_cpu = [row for row in kernels if row["op"] == "linear" and row["isa"] != "triton"]
+    chosen = [pair for row in on_cpu for pair in row["chosen_for"]]
     assert len(chosen) == len(set(chosen))
-    for kernel in cpu.SUPPORTED:
+    for kernel in (*cpu.SUPPORTED, *triton.KERNELS):
         assert rows[kernel.name]["layout"] == kernel.layout.name
     status, out, _ = run("kernels")
     assert status == 0

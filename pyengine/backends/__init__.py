@@ -1,5 +1,5 @@
 """Backends: each is a tuple of KernelSpec, the fastest first. KERNELS is all, the generic last."""
 
-from . import cpu, torch
+from . import cpu, torch, triton
 
-KERNELS = (*cpu.KERNELS, *torch.KERNELS)
+KERNELS = (*cpu.KERNELS, *triton.KERNELS, *torch.KERNELS)

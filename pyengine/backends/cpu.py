@@ -219,7 +219,7 @@ def _embedding(index: int, problem: Problem) -> Callable[..., Tensor]:
     return embedding
 
 
-def _int8_per_channel(format: WeightFormat) -> bool:
+def int8_per_channel(format: WeightFormat) -> bool:
     return format.encoding == "int" and format.bits == 8 and not format.group_size
 
 
@@ -248,8 +248,8 @@ def _rows_of_8_bits(format: WeightFormat) -> bool:
 # By (op, variant in kernels.inc): the layout, the formats and the activations served, and what makes a
 # function of an index and a problem.
 _VARIANTS: dict[tuple[str, str], tuple[Layout, Callable[[WeightFormat], bool], str, Callable[..., Any]]] = {
-    ("linear", "int8"): (PANELS, _int8_per_channel, "float", _linear),
-    ("linear", "int8_a8"): (PANELS, _int8_per_channel, "a8", _linear),
+    ("linear", "int8"): (PANELS, int8_per_channel, "float", _linear),
+    ("linear", "int8_a8"): (PANELS, int8_per_channel, "a8", _linear),
     ("linear", "int4"): (NIBBLES, _nibbles_fit, "float", _linear),
     ("linear", "int4_a8"): (NIBBLES, _nibbles_fit, "a8", _linear),
     ("embedding", "int8"): (CANONICAL, _rows_of_8_bits, "float", _embedding),
