@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pyengine import ops, reference
 from pyengine.backends import triton
 from pyengine.formats import ACTIVATIONS, parse_format
+from pyengine.kernels import device
 from pyengine.registry import Problem
 
 # The largest and the smallest numbers are tried, and NumPy says so.
@@ -190,3 +191,64 @@ def test_anything(data):
     activation = data.draw(st.sampled_from((None, "relu", "gelu", "silu")))
     bias = torch.randn(n) if data.draw(st.booleans()) else None
     check(kernel, x, random_weight(parse_format(name), n, k, seed=m), bias, activation)
+
+
+# ---- what the interpreter does not run ---------------------------------------------------------------------
+
+
+def halves(kind, words):
+    """The two numbers in each register, in float64: the low half first."""
+    parts = np.stack((words & 0xFFFF, words >> 16), -1).astype(np.uint16)
+    if kind == "f16x2":
+        return parts.view(np.float16).astype(np.float64)
+    return (parts.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def registers(kind, numbers):
+    if kind == "f16x2":
+        parts = numbers.astype(np.float16).view(np.uint16)
+    else:
+        parts = (numbers.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        np.testing.assert_array_equal(halves(kind, parts[..., 0].astype(np.uint32))[..., 0], numbers[..., 0])
+    return parts[..., 0].astype(np.uint32) | parts[..., 1].astype(np.uint32) << 16
+
+
+def execute(ptx, kind, word):
+    """$0 of a few lines of PTX, for an array of $1."""
+
+    def lop3(a, b, c, table):
+        assert (table == 0xEA).all()
+        return (a & b) | c
+
+    def fma(a, b, c):
+        return registers(kind, halves(kind, a) * halves(kind, b) + halves(kind, c))
+
+    operations = {
+        "mov.b32": lambda a: a,
+        "shr.u32": lambda a, b: a >> b,
+        "lop3.b32": lop3,
+        f"sub.{kind}": lambda a, b: registers(kind, halves(kind, a) - halves(kind, b)),
+        f"fma.rn.{kind}": fma,
+    }
+    values = {"$1": word}
+    for line in filter(None, (part.strip() for part in ptx.strip("{} ").split(";"))):
+        opcode, _, operands = line.partition(" ")
+        if opcode == ".reg":
+            continue
+        target, *sources = [operand.strip() for operand in operands.split(",")]
+        arguments = [values[s] if s in values else np.full_like(word, int(s, 0)) for s in sources]
+        values[target] = operations[opcode](*arguments)
+    return values["$0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "planes"), [("f16x2", device.FLOAT16_PLANES), ("bf16x2", device.BFLOAT16_PLANES)]
+)
+def test_ptx_and_its_twin_unpack_alike(kind, planes):
+    """Every word, beside another one in the register."""
+    words = np.arange(1 << 16, dtype=np.uint32)
+    others = words[::-1] * 40503 & 0xFFFF
+    for j, ptx in enumerate(planes.value):
+        got = halves(kind, execute(ptx, kind, words | others << 16))
+        for half, word in enumerate((words, others)):
+            np.testing.assert_array_equal(got[:, half], (word >> 4 * j & 15).astype(np.int64) - 8)
