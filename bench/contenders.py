@@ -122,19 +122,19 @@ def _bind_kernel(
 
 def _reference_problem(layer: pe.nn.Linear, x: Tensor, y: Tensor) -> str:
     """Compares with reference.py: what may differ is the float rounding of K sums, or of the epilogue."""
-    packed, quantized = layer.packed(), layer.input_spec.mode != "float"
+    packed, spec = layer.packed(), layer.input_spec
     assert layer.bias is not None
     codes, scale, bias = packed.codes().numpy(), packed.scale.numpy(), layer.bias.numpy()
     zero = None if packed.zero is None else packed.zero.numpy()
     expected = torch.from_numpy(
-        reference.linear(x.numpy(), codes, scale, zero, packed.format, bias, quantize_input=quantized)
+        reference.linear(x.numpy(), codes, scale, zero, packed.format, bias, input_spec=spec)
     )
-    groups = packed.format.groups(x.shape[1])
-    if quantized and groups == 1:
+    sums = len(reference.segments(packed.format, x.shape[1], spec)) if spec.bits else x.shape[1]
+    if spec.bits and sums == 1:
         magnitude, roundings = expected.abs() + 2 * layer.bias.abs(), 8
     else:
         magnitude = F.linear(x.abs(), packed.dequantize().abs(), layer.bias.abs())
-        roundings = (groups if quantized else x.shape[1]) + 8
+        roundings = sums + 8
     return _beyond(y, expected, magnitude.double() * roundings * 2.0**-24)
 
 

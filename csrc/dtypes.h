@@ -4,7 +4,7 @@
 
 namespace pyengine {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt32 = 4 };
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt32 = 4, kInt16 = 5 };
 // The zero point of a weight's codes, where it is not one number for all: one per group in the layout, of that type.
 constexpr int32_t kZerosUint8 = -1, kZerosFloat32 = -2;
 

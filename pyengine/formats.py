@@ -141,9 +141,9 @@ class ActivationSpec:
     """How activations enter a kernel: as they are (float), or as integer codes with a scale.
 
     mode: float, dynamic (scales taken from the data at run time) or static (from calibration).
-    bits: 8: codes in [-127, 127]; 16: codes of 15 bits and a sign; 0 for float.
+    bits: 8: codes in [-127, 127]; 16: codes in [-32767, 32767]; 0 for float.
     granularity: row: one scale per row of a linear layer's input; sample: per image; tensor: one.
-    nonnegative: codes lie in [0, 127], behind ReLU and the like.
+    nonnegative: codes are not below 0, behind ReLU and the like.
     """
 
     mode: str = "float"
@@ -169,7 +169,20 @@ class ActivationSpec:
             else f"a{self.bits}" + ("_static" if self.mode == "static" else "")
         )
 
+    @property
+    def largest(self) -> int:
+        """Of integer codes: 127 or 32767."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def span(self) -> int:
+        """So many products of a code and an int8 weight add up exactly in int32: 2**17 or 512, since
+        2**15 * 2**7 * 512 = 2**31.
+        """
+        return 1 << (25 - self.bits)
+
 
 FLOAT = ActivationSpec()
 A8 = ActivationSpec("dynamic", 8)
-ACTIVATIONS = {spec.name: spec for spec in (FLOAT, A8)}
+A16 = ActivationSpec("dynamic", 16)
+ACTIVATIONS = {spec.name: spec for spec in (FLOAT, A8, A16)}

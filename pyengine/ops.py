@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import KERNELS, cpu, triton
-from .formats import ACTIVATIONS, FLOAT, ActivationSpec, parse_format
+from .formats import A8, A16, ACTIVATIONS, FLOAT, ActivationSpec, parse_format
 from .packed import PackedWeight
 from .registry import KernelSpec, Problem, choose
 
@@ -351,8 +351,9 @@ def linear(
     dtype.
 
     weight: an (N, K) PackedWeight. bias: (N). activation: None, "relu", "gelu" (of erf) or "silu".
-    input_spec: "float", or "a8" to quantize each row of x to int8 first: y = activation((q_x @ q_w.T) *
-    (scale_x * scale_w) + bias). The layout is derived anew on each call; a layer (pe.nn.Linear) keeps it.
+    input_spec: "float", or "a8" or "a16" to quantize each row of x to int8 or int16 first: y =
+    activation((q_x @ q_w.T) * (scale_x * scale_w) + bias). The layout is derived anew on each call; a layer
+    (pe.nn.Linear) keeps it.
 
     Raises TypeError (dtype, device), ValueError (size) and NotImplementedError (no kernel).
     """
@@ -367,18 +368,23 @@ def embedding(ids: Tensor, weight: PackedWeight, *, dtype: torch.dtype = torch.f
 
 
 def linear_int32(x: Tensor, weight: PackedWeight, *, kernel: str | None = None) -> Tensor:
-    """The bare sums q_x @ q_w.T of an integer kernel: x (M, K) int8 codes in [-127, 127] -> (M, N) int32.
-    q_w is a code without its zero point; where the weight has groups, their sums are added up unscaled.
+    """The bare sums q_x @ q_w.T of an integer kernel: x (M, K) codes, int8 in [-127, 127] or int16 in
+    [-32767, 32767] -> (M, N) int32. q_w is a code without its zero point; where the weight has groups, their
+    sums are added up unscaled.
 
-    Equal on every kernel and to reference.linear_int32; for tests of exactness. K up to 131,072.
+    Equal on every kernel and to reference.linear_int32; for tests of exactness. K up to 131,072 or 512.
     """
-    if x.dtype != torch.int8 or x.dim() != 2 or x.shape[1] != weight.shape[1]:
+    spec = {torch.int8: A8, torch.int16: A16}.get(x.dtype)
+    if spec is None or x.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"linear_int32: x is {x.dtype} {tuple(x.shape)}, weight has K={weight.shape[1]}")
-    if weight.shape[1] > 1 << 17:
-        raise ValueError(f"linear_int32: K={weight.shape[1]} is above 131072, where int32 sums may overflow")
-    if bool((x == -128).any()):
-        raise ValueError("linear_int32: x has the code -128; codes lie in [-127, 127]")
-    prepared, layout = prepare("linear", weight, ACTIVATIONS["a8"], kernel=kernel)
+    if weight.shape[1] > spec.span:
+        raise ValueError(
+            f"linear_int32: K={weight.shape[1]} is above {spec.span}, where int32 sums may overflow"
+        )
+    top = spec.largest
+    if bool((x < -top).any()):
+        raise ValueError(f"linear_int32: x has the code {-top - 1}; codes lie in [{-top}, {top}]")
+    prepared, layout = prepare("linear", weight, spec, kernel=kernel)
     if prepared.kernel.fallback or weight.format.zero_dtype == "float32":
         raise NotImplementedError(f"linear_int32: no integer kernel for {weight.format.name}")
     y = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.int32)

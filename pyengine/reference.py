@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import WeightFormat
+from .formats import A8, FLOAT, ActivationSpec, WeightFormat
 
 Array = NDArray[Any]
 
@@ -138,34 +138,52 @@ def stored_scale(scale: Array, format: WeightFormat) -> Array:
     return scale.astype(np.float32) if lost.any() else half
 
 
-def quantize_rows(x: Array) -> tuple[Array, Array]:
-    """The dynamic quantizer: float32 (M, K) -> int8 codes (M, K) in [-127, 127], float32 scale (M).
+def quantize_rows(x: Array, spec: ActivationSpec = A8) -> tuple[Array, Array]:
+    """The dynamic quantizer: float32 (M, K) -> int8 or int16 codes (M, K) in [-L, L], float32 scale (M).
 
-    amax = max |x|; inv = 127 / amax with IEEE division; q = round-half-even(x * inv); scale = amax / 127. If
-    inv is not finite: scale 0 and codes 0. A NaN or an infinity in the row: scale NaN and codes 0.
+    L = 127 or 32767; amax = max |x|; inv = L / amax with IEEE division; q = round-half-even(x * inv);
+    scale = amax / L. If inv is not finite: scale 0 and codes 0. A NaN or an infinity in the row: scale NaN
+    and codes 0.
     """
-    x = x.astype(np.float32)
+    x, largest = x.astype(np.float32), np.float32(spec.largest)
     with np.errstate(all="ignore"):
         amax = np.abs(x).max(axis=1, initial=np.float32(0))
-        inv = np.float32(127) / amax
+        inv = largest / amax
         usable = np.isfinite(inv) & np.isfinite(amax)
         q = np.rint(x * np.where(usable, inv, np.float32(0))[:, None])
-        q = np.where(usable[:, None], np.clip(q, -127, 127), np.float32(0))
+        q = np.where(usable[:, None], np.clip(q, -largest, largest), np.float32(0))
         scale = np.where(
-            usable, amax / np.float32(127), np.where(np.isfinite(amax), np.float32(0), np.float32(np.nan))
+            usable, amax / largest, np.where(np.isfinite(amax), np.float32(0), np.float32(np.nan))
         )
-    return q.astype(np.int8), scale.astype(np.float32)
+    return q.astype(f"int{spec.bits}"), scale.astype(np.float32)
 
 
-def linear_int32(x_codes: Array, codes: Array, format: WeightFormat, zero: Array | None = None) -> Array:
-    """The exact sums of every integer kernel: int8 (M, K), codes (N, K) -> int64 (M, N, groups)."""
-    values = code_values(codes, zero, format)
-    groups = [
-        x_codes[:, k : k + (format.group_size or codes.shape[1])].astype(np.int64)
-        @ values[:, k : k + (format.group_size or codes.shape[1])].T
-        for k in range(0, max(codes.shape[1], 1), format.group_size or max(codes.shape[1], 1))
+def segments(format: WeightFormat, k: int, spec: ActivationSpec) -> list[tuple[int, int, int]]:
+    """(group, begin, end) of the codes along K that are summed in int32: groups, and within a longer group
+    spec.span codes at a time.
+    """
+    size = format.group_size or max(k, 1)
+    return [
+        (group, begin, min(begin + spec.span, (group + 1) * size, k))
+        for group in range(format.groups(k))
+        for begin in range(group * size, min((group + 1) * size, max(k, 1)), spec.span)
     ]
-    return np.stack(groups, axis=-1)
+
+
+def linear_int32(
+    x_codes: Array, codes: Array, format: WeightFormat, zero: Array | None = None, spec: ActivationSpec = A8
+) -> Array:
+    """The exact sums of every integer kernel: int8 or int16 (M, K), codes (N, K) -> (M, N, segments), whole
+    and in the range of int32 where zero points are whole.
+
+    From here on a kernel computes in float32, for each row in the same order: from t = 0, for each segment in
+    ascending k, t = t + float(sum), and y = t * (scale_x * scale_w) + bias for int8 with one scale per
+    channel; for all others t = t + scale_w * float(sum), in one or two roundings, and y = t * scale_x + bias.
+    """
+    values = code_values(codes, zero, format)
+    x_codes = x_codes.astype(np.int64)
+    parts = segments(format, codes.shape[1], spec)
+    return np.stack([x_codes[:, a:b] @ values[:, a:b].T for _, a, b in parts], axis=-1)
 
 
 def activate(y: Array, activation: str | None) -> Array:
@@ -189,13 +207,13 @@ def linear(
     zero: Array | None,
     format: WeightFormat,
     bias: Array | None = None,
-    quantize_input: bool = False,
+    input_spec: ActivationSpec = FLOAT,
     activation: str | None = None,
 ) -> Array:
     """y = activation(sum over groups of (q_x . q_w) * scale_x * scale_w + bias), in float64: (M, N)."""
     k = codes.shape[1]
-    if quantize_input:
-        q, scale_x = quantize_rows(x)
+    if input_spec.bits:
+        q, scale_x = quantize_rows(x, input_spec)
         rows, factor = q.astype(np.float64), scale_x.astype(np.float64)[:, None]
     else:
         rows, factor = x.astype(np.float64), np.ones((len(x), 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .formats import A8, FLOAT, ActivationSpec, WeightFormat, default_scale_dtype
+from .formats import A8, A16, FLOAT, ActivationSpec, WeightFormat, default_scale_dtype
 
 _SCHEME = re.compile(
     r"w(?P<bits>[1-8])(?:a(?P<act>8|16))?(?:_g(?P<group>[1-9]\d{0,5}))?(?P<asym>_asym)?(?P<static>_static)?"
@@ -17,10 +17,10 @@ class Scheme:
     """Number formats of a layer's weight and activations.
 
     bits, group_size, symmetric: of the weight; group_size 0 is one scale per output channel.
-    activation_bits: 0 leaves activations float; 8 quantizes each row at run time; `static` takes calibrated
-    scales. scale_dtype: of the weight's scales; None is float16 for groups and float32 per channel. pair_sum:
-    enlarge a channel's scale by at most 1.5x where that lets kernels add two products in 16 bits
-        (formats with 8-bit weights and activations); None is on exactly there.
+    activation_bits: 0 leaves activations float; 8 and 16 quantize each row at run time; `static` takes
+    calibrated scales. scale_dtype: of the weight's scales; None is float16 for groups and float32 per
+    channel. pair_sum: enlarge a channel's scale by at most 1.5x where that lets kernels add two products in
+    16 bits (formats with 8-bit weights and activations); None is on exactly there.
     numerics: exact, or fast to admit kernels whose float error is larger than that of the integers
     themselves.
     """
@@ -49,8 +49,6 @@ class Scheme:
             raise ValueError(f"scheme: numerics {self.numerics!r} is neither exact nor fast")
         if self.static:
             raise NotImplementedError(f"scheme {self.name}: static activations are not implemented yet")
-        if self.activation_bits == 16:
-            raise NotImplementedError(f"scheme {self.name}: 16-bit activations are not implemented yet")
         self.format.require_dense()
 
     @classmethod
@@ -95,7 +93,7 @@ class Scheme:
 
     @property
     def input_spec(self) -> ActivationSpec:
-        return A8 if self.activation_bits else FLOAT
+        return {0: FLOAT, 8: A8, 16: A16}[self.activation_bits]
 
     @property
     def pairs(self) -> bool:

@@ -125,11 +125,12 @@ def inputs(m, k, dtype=torch.float32, seed=0):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(1000 * m + k + seed)).to(dtype)
 
 
-def rows_at_the_edges_of_codes(count=200):
-    """(count, 382): an amax each, and the floats around amax * (j + 1/2) / 127, where one rounding decides
-    the code."""
+def rows_at_the_edges_of_codes(spec, count=200):
+    """(count, 382): an amax each, and the floats around amax * (j + 1/2) / largest for 127 codes j, where one
+    rounding decides the code."""
     amax = np.linspace(1, 2, count, dtype=np.float32)[:, None]
-    edge = (amax.astype(np.float64) * (np.arange(127) + 0.5) / 127).astype(np.float32)
+    edges = np.arange(0, spec.largest, spec.largest // 127)[:127] + 0.5
+    edge = (amax.astype(np.float64) * edges / spec.largest).astype(np.float32)
     around = [np.nextafter(edge, np.float32(0)), edge, np.nextafter(edge, np.float32(3))]
     return torch.from_numpy(np.concatenate([amax, *around], axis=1))
 
@@ -142,7 +143,7 @@ def expected_linear(kernel, x, weight, bias=None, spec=ACTIVATIONS["float"], act
 
     The bound is the standard one of error analysis: a sum of n terms that takes n + c float32 operations is
     off by at most (n + c) * U32 * (the sum of the terms' magnitudes), to first order. Integer sums are
-    exact, so that there only the groups count as terms.
+    exact, so that there only their segments count as terms.
     """
     codes, scale, zero, format = arrays(weight)
     rows = x.float().numpy()
@@ -150,15 +151,16 @@ def expected_linear(kernel, x, weight, bias=None, spec=ACTIVATIONS["float"], act
     with np.errstate(all="ignore"):
         floats = reference.dequantize(codes, scale, zero, format).astype(np.float64)
         if spec.bits and not kernel.fallback:
-            q, scale_x = reference.quantize_rows(rows)
-            sums = np.abs(reference.linear_int32(q, codes, format, zero))
-            factors = scale_x[:, None, None] * scale.astype(np.float64)
+            q, scale_x = reference.quantize_rows(rows, spec)
+            sums = np.abs(reference.linear_int32(q, codes, format, zero, spec))
+            groups = [group for group, _, _ in reference.segments(format, k, spec)]
+            factors = scale_x[:, None, None] * scale.astype(np.float64)[:, groups]
             size = (sums * factors).sum(-1)
-            # To float, scale * scale, product; additions of groups, and of chunks of 2**17 codes.
-            steps = 3 + sums.shape[-1] + k // 2**17
+            # To float, scale * scale, product; additions of segments.
+            steps = 3 + sums.shape[-1]
             lost = TINY32 * (sums.sum(-1) + steps)  # scale * scale underflows, and is multiplied by the sum
         elif spec.bits:
-            q, scale_x = reference.quantize_rows(rows)
+            q, scale_x = reference.quantize_rows(rows, spec)
             size = np.abs(q).astype(np.float64) @ np.abs(floats).T * scale_x[:, None]
             steps = k + 4
             lost = TINY32 * (np.abs(q).sum(1, dtype=np.float64)[:, None] + steps) * (1 + scale_x[:, None])
@@ -169,7 +171,7 @@ def expected_linear(kernel, x, weight, bias=None, spec=ACTIVATIONS["float"], act
             lost = TINY32 * (wide.sum(1)[:, None] + steps * (1 + scale.max(initial=0)))
         bound = steps * U32 * size + lost
         biased = None if bias is None else bias.float().numpy()
-        y = reference.linear(rows, *arrays(weight), bias=biased, quantize_input=bool(spec.bits))
+        y = reference.linear(rows, *arrays(weight), bias=biased, input_spec=spec)
         bound = bound + U32 * np.abs(y) * 1.01
         if activation in ("gelu", "silu"):
             # Neither is steeper than 1.13, and the kernels approximate erf and exp to better than 1e-6.

@@ -189,6 +189,23 @@ def test_the_file_is_small_and_its_manifest_is_short(compressed, tmp_path):
         assert_same_bits(embed(loaded), y)
 
 
+@pytest.mark.parametrize(("weight_only", "scheme"), [("w8", "w8a16"), ("w4_g32_asym", "w4a16_g32_asym")])
+def test_16_bit_activations_change_next_to_nothing(model, reference, weight_only, scheme):
+    """A step of 1/32767 of a row's largest value is 130 times finer than one of the weights."""
+    embeddings = {"*embeddings*": "w8"}
+    before, after = (
+        embed(pe.compress(model, {**embeddings, "*": each}, method="round")[0])
+        for each in (weight_only, scheme)
+    )
+    cosine, wanted = (torch.cosine_similarity(reference, y).mean().item() for y in (after, before))
+    error = ((after - before).norm() / (before - reference).norm()).item()
+    text = f"{scheme}: mean cosine {cosine:.5f}, {weight_only} {wanted:.5f}, error {error:.4f} times its own"
+    print(text)
+    assert scheme != "w8a16" or cosine >= 0.9995, text
+    assert abs(cosine - wanted) <= 5e-4, text
+    assert error < 0.05, text
+
+
 def test_weights_of_4_bits_in_groups_are_off_by_what_15_steps_for_255_explain(model, reference):
     """A step of 1/7 of the largest instead of 1/127 is 18 times as long; groups of 32 shorten it again."""
     embeddings = {"*embeddings*": "w8"}

@@ -188,12 +188,13 @@ def test_a_peer_whose_package_is_missing_is_said_and_the_others_are_measured(mon
         assert (record["median_s"] is None) == absent
 
 
-def test_schemes_of_four_bits_are_checked_against_the_reference():
-    schemes = ("w4", "w4a8_g32_asym", "w4a8", "w4_g32_asym")
+def test_schemes_beyond_the_default_are_checked_against_the_reference():
+    schemes = ("w4", "w4a8_g32_asym", "w4a8", "w4_g32_asym", "w8a16", "w4a16", "w4a16_g32_asym")
     records = run(schemes=schemes, peers=())
     assert {r["contender"] for r in records} == {f"pyengine {s}{k}" for s in schemes for k in ("", " kernel")}
     assert {record["check"] for record in records} == {"ok"}
-    assert all("int4" in record["kernel"] for record in records)
+    assert all(("int4" in r["kernel"]) == ("w4" in r["contender"]) for r in records)
+    assert all(("_a16_" in r["kernel"]) == ("a16" in r["contender"]) for r in records)
 
 
 def test_shapes_parse_as_they_print():

@@ -65,7 +65,7 @@ def op_arguments(layer):
     return prepared.shape, format, prepared.problem.input_spec.name, layout_name
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, "w4a8_g32_asym"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "w4a8_g32_asym", "w8a16", "w4a16_g32_asym"])
 def test_opcheck_of_linear(scheme):
     layer = linear(scheme)
     shape, format, spec, layout_name = op_arguments(layer)

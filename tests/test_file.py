@@ -61,7 +61,9 @@ def test_a_model_comes_back_as_it_was(path, make, target, mmap):
     assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
 
 
-@pytest.mark.parametrize("scheme", ["w8", "w8a8", "w4_g32", "w3_g4_asym", "w1_asym", "w2", "w8_g8"])
+@pytest.mark.parametrize(
+    "scheme", ["w8", "w8a8", "w4_g32", "w3_g4_asym", "w1_asym", "w2", "w8_g8", "w4a16_g32"]
+)
 def test_every_format_comes_back_to_the_bit(path, scheme):
     model = saved(nn.Sequential(packed_linear(7, 37, scheme)), path)
     loaded = pe.load(path, lambda: nn.Sequential(nn.Linear(37, 7)))

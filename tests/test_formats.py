@@ -140,7 +140,8 @@ def test_an_activation_spec_that_makes_no_sense_is_refused(arguments):
 
 
 def test_activation_specs_carry_their_own_names():
-    assert {name: spec.name for name, spec in formats.ACTIVATIONS.items()} == {"float": "float", "a8": "a8"}
+    names = {name: spec.name for name, spec in formats.ACTIVATIONS.items()}
+    assert names == {"float": "float", "a8": "a8", "a16": "a16"}
     assert pe.ActivationSpec("static", 8).name == "a8_static"
     assert pe.ActivationSpec("dynamic", 16).name == "a16"
 
@@ -148,7 +149,13 @@ def test_activation_specs_carry_their_own_names():
 # ---- schemes -----------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 8), st.sampled_from([0, 8]), st.integers(0, 999_999), st.booleans())
+@pytest.mark.parametrize(("spec", "largest", "span"), [(formats.A8, 127, 2**17), (formats.A16, 32767, 512)])
+def test_a_span_is_the_longest_that_int32_holds(spec, largest, span):
+    assert (spec.largest, spec.span) == (largest, span)
+    assert span * largest * 128 < 2**31 <= 2 * span * largest * 128
+
+
+@given(st.integers(1, 8), st.sampled_from([0, 8, 16]), st.integers(0, 999_999), st.booleans())
 def test_name_and_scheme_parse_are_inverse(bits, activation_bits, group_size, symmetric):
     if bits == 1 and symmetric:
         return
@@ -169,6 +176,8 @@ def test_name_and_scheme_parse_are_inverse(bits, activation_bits, group_size, sy
         ("w4_g128_asym", "uint4_g128", "float", False),
         ("w4a8_g32_asym", "uint4_g32", "a8", False),
         ("w1_asym", "uint1", "float", False),
+        ("w8a16", "int8", "a16", False),
+        ("w4a16_g32_asym", "uint4_g32", "a16", False),
     ],
 )
 def test_a_scheme_says_what_its_text_says(text, format, activations, pairs):
@@ -206,7 +215,7 @@ def test_a_text_that_is_no_scheme_raises_value_error(text):
         Scheme.parse(text)
 
 
-@pytest.mark.parametrize("text", ["wt", "wb", "wc4", "w8a8_static", "w8a16", "w4a16_g32", "w8a16_static"])
+@pytest.mark.parametrize("text", ["wt", "wb", "wc4", "w8a8_static", "w8a16_static"])
 def test_a_scheme_without_code_is_refused_by_name(text):
     with pytest.raises(NotImplementedError, match=rf"{text}\b"):
         Scheme.parse(text)

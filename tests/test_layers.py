@@ -16,7 +16,7 @@ import pyengine as pe
 from pyengine.formats import parse_format
 
 # An integer kernel, a float kernel, and the generic backend in both of its ways.
-SCHEMES = ("w8a8", "w8", "w4a8_g32_asym", "w4_g32")
+SCHEMES = ("w8a8", "w8", "w4a8_g32_asym", "w4_g32", "w8a16")
 N, K = 24, 72
 
 

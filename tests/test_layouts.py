@@ -79,6 +79,7 @@ def test_a_kernel_touches_nothing_outside_its_arrays(kernel, format, spec, at_en
             (5, 31, 33),
             (7, 259, 16),
             (6, 8, 1),
+            (2, 600, 17),
         ):
             weight = random_weight(format, n, k)
             prepared, layout = ops.prepare("linear", weight, spec, kernel=kernel.name)

@@ -23,7 +23,6 @@ from helpers import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import pyengine as pe
 from pyengine import _C, ops, reference
 from pyengine.backends import cpu
 from pyengine.formats import parse_format
@@ -53,9 +52,10 @@ def test_the_tables_hold_kernels_of_every_supported_instruction_set():
 # ---- integer sums ------------------------------------------------------------------------------------------
 
 
-def random_codes(m, k, seed=0, extreme=False):
-    rng = np.random.default_rng([m, k, seed])
-    return (rng.choice([-127, 127], (m, k)) if extreme else rng.integers(-127, 128, (m, k))).astype(np.int8)
+def random_codes(m, k, spec, seed=0, extreme=False):
+    rng, top = np.random.default_rng([m, k, seed]), spec.largest
+    codes = rng.choice([-top, top], (m, k)) if extreme else rng.integers(-top, top + 1, (m, k))
+    return codes.astype(f"int{spec.bits}")
 
 
 def assert_exact(kernel, weight, q, rows):
@@ -73,8 +73,9 @@ def assert_exact(kernel, weight, q, rows):
 def test_integer_sums_equal_the_reference(kernel, format, spec, kind, k):
     """kind "paired" and "limit" (mostly) take the path that adds two products in 16 bits, the others do
     not."""
+    k = min(k, spec.span)
     for n in (1, 15, 16, 17, 33, 65):
-        q = random_codes(7, k, seed=n, extreme=kind != "full")
+        q = random_codes(7, k, spec, seed=n, extreme=kind != "full")
         assert_exact(kernel, random_weight(format, n, k, kind=kind), q, rows=range(8) if k < 1000 else (1, 7))
 
 
@@ -87,7 +88,7 @@ def test_integer_sums_equal_the_reference(kernel, format, spec, kind, k):
     seed=st.integers(0, 1000),
 )
 def test_integer_sums_equal_the_reference_at_any_shape(kernel, format, spec, m, k, n, kind, seed):
-    assert_exact(kernel, random_weight(format, n, k, seed, kind), random_codes(m, k, seed), rows=[m])
+    assert_exact(kernel, random_weight(format, n, k, seed, kind), random_codes(m, k, spec, seed), rows=[m])
 
 
 @integer_kernels
@@ -103,8 +104,17 @@ def test_eight_codes_never_saturate(kernel, format, spec, values, flip):
     """Weights around the limit where two products no longer fit 16 bits, against activations that add them
     all up."""
     weight = weight_of(format, [values], [[1.0]]) if format == INT8 else random_weight(format, 1, 8)
-    worst = [127 * (1 if (v >= 0) ^ (flip >> i & 1) else -1) for i, v in enumerate(values)]
-    assert_exact(kernel, weight, np.array([worst], np.int8), rows=[1])
+    worst = [spec.largest * (1 if (v >= 0) ^ (flip >> i & 1) else -1) for i, v in enumerate(values)]
+    assert_exact(kernel, weight, np.array([worst], f"int{spec.bits}"), rows=[1])
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@integer_kernels
+def test_the_longest_sum_of_the_largest_products_fits_int32(kernel, format, spec, sign):
+    """Weights of -128, where the format has them, times codes of one sign."""
+    weight = random_weight(format, 1, spec.span, kind="lowest")
+    q = np.full((4, spec.span), sign * spec.largest, f"int{spec.bits}")
+    assert_exact(kernel, weight, q, rows=[1, 4])
 
 
 @pytest.mark.parametrize(
@@ -114,6 +124,8 @@ def test_eight_codes_never_saturate(kernel, format, spec, values, flip):
         (torch.zeros(8, dtype=torch.int8), "K=8"),
         (torch.zeros(2, 8), "torch.float32"),
         (torch.full((2, 8), -128, dtype=torch.int8), "-128"),
+        (torch.zeros(2, 9, dtype=torch.int16), "K=8"),
+        (torch.full((2, 8), -32768, dtype=torch.int16), "-32768"),
     ],
 )
 def test_linear_int32_refuses_what_has_no_exact_sum(x, message):
@@ -135,35 +147,40 @@ def test_k_beyond_the_int32_bound_gives_the_right_float_answer(kernel, format, s
     weight = weight_of(format, np.full((2, k), min(max(value, lowest), -lowest - 1)), [[0.01], [0.02]])
     x = torch.ones(m, k)
     assert_within(run_linear(kernel, x, weight, None, spec), *expected_linear(kernel, x, weight, None, spec))
-    with pytest.raises(ValueError, match="131072"):
-        ops.linear_int32(torch.ones(1, k, dtype=torch.int8), weight, kernel=kernel.name)
+    codes = torch.ones(1, k, dtype=getattr(torch, f"int{spec.bits}"))
+    with pytest.raises(ValueError, match={8: "131072", 16: "512"}[spec.bits]):
+        ops.linear_int32(codes, weight, kernel=kernel.name)
 
 
 # ---- the row quantizer -------------------------------------------------------------------------------------
 
 
-def quantized_by(kernel, x, format):
+def quantized_by(kernel, x, format, spec):
     """codes * scale of each row of x, as float32: what a kernel makes of an identity matrix with scales of
     one."""
     k = x.shape[1]
     identity = weight_of(format, torch.eye(k, dtype=torch.int64), [[1.0]])
-    _, layout = ops.prepare("linear", identity, pe.formats.A8, kernel=kernel.name)
+    _, layout = ops.prepare("linear", identity, spec, kernel=kernel.name)
     y = x.new_empty((len(x), k), dtype=torch.float32)
     return cpu.linear_into(y, kernel, format, x.contiguous(), layout, (k, k))
 
 
-def assert_quantizes_like_the_reference(kernel, x, format):
-    q, scale = reference.quantize_rows(x.float().numpy())
+def assert_quantizes_like_the_reference(kernel, x, format, spec):
+    q, scale = reference.quantize_rows(x.float().numpy(), spec)
     # The product of a code and a scale names the code: one multiplication in float32, rounded as the
     # kernel's.
-    expected = q.astype(np.float32) * scale[:, None]
-    np.testing.assert_array_equal(quantized_by(kernel, x, format).numpy(), expected)
+    with np.errstate(over="ignore"):
+        expected = q.astype(np.float32) * scale[:, None]
+    np.testing.assert_array_equal(quantized_by(kernel, x, format, spec).numpy(), expected)
 
 
 any_float = st.one_of(
     st.floats(width=32),
     st.sampled_from(
-        [0.0, 127.0, 0.5, 1.5, -2.5, 63.5, 1e-45, 3.7e-37, 3.8e-37, 3e38, float("inf"), float("nan")]
+        [
+            *(0.0, 127.0, 0.5, 1.5, -2.5, 63.5, 1e-45, 3.7e-37, 3.8e-37, 3e38, float("inf"), float("nan")),
+            *(32767.0, -32767.0, 16383.5, 9.6e-35, 9.7e-35),
+        ]
     ),
     st.integers(-254, 254).map(lambda i: i / 2),
 )
@@ -173,7 +190,7 @@ any_float = st.one_of(
 @given(data=st.data(), k=st.sampled_from([1, 7, 8, 31, 32, 33, 70]))
 def test_row_quantizer_equals_the_reference_to_the_bit(kernel, format, spec, data, k):
     rows = data.draw(st.lists(st.lists(any_float, min_size=k, max_size=k), min_size=1, max_size=3))
-    assert_quantizes_like_the_reference(kernel, torch.tensor(rows, dtype=torch.float32), format)
+    assert_quantizes_like_the_reference(kernel, torch.tensor(rows, dtype=torch.float32), format, spec)
 
 
 @pytest.mark.parametrize("dtype", DTYPES_OF_X)
@@ -185,19 +202,19 @@ def test_row_quantizer_equals_the_reference_on_many_rows(kernel, format, spec, d
     if dtype != torch.float32:
         bits = torch.randint(-(2**15), 2**15, (2000, 33), generator=torch.Generator().manual_seed(1))
         x = torch.cat([x.to(dtype), bits.to(torch.int16).view(dtype)])
-    assert_quantizes_like_the_reference(kernel, x.to(dtype), format)
+    assert_quantizes_like_the_reference(kernel, x.to(dtype), format, spec)
 
 
 @symmetric_kernels
 def test_row_quantizer_equals_the_reference_at_the_edges_of_codes(kernel, format, spec):
-    assert_quantizes_like_the_reference(kernel, rows_at_the_edges_of_codes(), format)
+    assert_quantizes_like_the_reference(kernel, rows_at_the_edges_of_codes(spec), format, spec)
 
 
 @symmetric_kernels
 def test_halves_round_to_even(kernel, format, spec):
-    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 125.5, 126.5, -126.5]])
-    expected = [[127.0, 0, 2, 2, 0, -2, -2, 126, 126, -126]]
-    assert quantized_by(kernel, x, format).tolist() == expected
+    x = torch.tensor([[spec.largest, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 125.5, 126.5, -126.5]])
+    expected = [[spec.largest, 0, 2, 2, 0, -2, -2, 126, 126, -126]]
+    assert quantized_by(kernel, x, format, spec).tolist() == expected
 
 
 # ---- float outputs -----------------------------------------------------------------------------------------
@@ -207,7 +224,7 @@ def test_halves_round_to_even(kernel, format, spec):
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
 @kernels
 def test_outputs_are_within_the_bound(kernel, format, spec, activation, dtype):
-    for m, k, n in ((1, 33, 17), (3, 7, 1), (4, 100, 65), (7, 300, 33), (1, 64, 80)):
+    for m, k, n in ((1, 33, 17), (3, 7, 1), (4, 100, 65), (7, 300, 33), (1, 64, 80), (5, 1100, 18)):
         for bias in (None, torch.linspace(-2, 2, n)):
             weight = random_weight(format, n, k)
             x = inputs(m, k, dtype)
@@ -392,8 +409,8 @@ def test_without_inputs_the_output_is_the_bias(kernel, format, spec):
 @compiled_kernels
 def test_a_row_does_not_depend_on_its_batch(kernel, format, spec, dtype):
     """To the bit: tiles of every height, both sides of the block of 256 rows, K beyond one widened block of
-    256."""
-    for k, n in ((300, 70), (13, 5)):
+    256 and beyond two spans of 512."""
+    for k, n in ((300, 70), (13, 5), (1100, 5)):
         weight, x, bias = random_weight(format, n, k), inputs(300, k, dtype), torch.linspace(-1, 1, n)
         prepared, layout = ops.prepare("linear", weight, spec, kernel=kernel.name)
         whole = ops.linear_prepared(x, layout, bias, prepared, "gelu")

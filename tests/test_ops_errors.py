@@ -18,7 +18,7 @@ def weight(request):
     return random_weight(parse_format(request.param), 5, 128)
 
 
-@pytest.fixture(params=["float", "a8"])
+@pytest.fixture(params=["float", "a8", "a16"])
 def layer(weight, request):
     return pe.nn.Linear(weight, torch.zeros(5), input_spec=ops.ACTIVATIONS[request.param], name="encoder.0.q")
 

@@ -14,7 +14,7 @@ import pyengine as pe
 from pyengine import reference
 from pyengine.backends import KERNELS
 from pyengine.backends import torch as generic
-from pyengine.formats import A8, FLOAT, parse_format
+from pyengine.formats import A8, A16, FLOAT, parse_format
 from pyengine.registry import Problem, choose
 
 # A format for which nobody will ever write a kernel.
@@ -24,32 +24,38 @@ any_float = st.one_of(
 )
 
 
-def assert_quantizes_like_the_reference(x):
-    codes, scale = generic.quantize_rows(x)
-    expected_codes, expected_scale = reference.quantize_rows(x.numpy())
+integer_specs = pytest.mark.parametrize("spec", [A8, A16], ids=["a8", "a16"])
+
+
+def assert_quantizes_like_the_reference(x, spec):
+    codes, scale = generic.quantize_rows(x, spec)
+    expected_codes, expected_scale = reference.quantize_rows(x.numpy(), spec)
     np.testing.assert_array_equal(codes.numpy(), expected_codes)
     np.testing.assert_array_equal(scale.numpy()[:, 0], expected_scale)
 
 
-@given(st.data(), st.sampled_from([0, 1, 7, 33]))
-def test_row_quantizer_equals_the_reference_to_the_bit(data, k):
+@integer_specs
+@given(data=st.data(), k=st.sampled_from([0, 1, 7, 33]))
+def test_row_quantizer_equals_the_reference_to_the_bit(spec, data, k):
     rows = data.draw(st.lists(st.lists(any_float, min_size=k, max_size=k), min_size=1, max_size=3))
-    assert_quantizes_like_the_reference(torch.tensor(rows, dtype=torch.float32).view(len(rows), k))
+    assert_quantizes_like_the_reference(torch.tensor(rows, dtype=torch.float32).view(len(rows), k), spec)
 
 
-def test_row_quantizer_equals_the_reference_on_rows_of_every_size():
-    assert_quantizes_like_the_reference(inputs(2000, 33) * torch.logspace(-37, 36, 2000)[:, None])
+@integer_specs
+def test_row_quantizer_equals_the_reference_on_rows_of_every_size(spec):
+    assert_quantizes_like_the_reference(inputs(2000, 33) * torch.logspace(-37, 36, 2000)[:, None], spec)
 
 
-def test_row_quantizer_divides_127_by_amax():
+@integer_specs
+def test_row_quantizer_divides_the_largest_code_by_amax(spec):
     """In one rounding: torch computes `127 / amax` as 127 * (1 / amax), which is off by one unit for every
     fourth."""
-    assert_quantizes_like_the_reference(rows_at_the_edges_of_codes())
+    assert_quantizes_like_the_reference(rows_at_the_edges_of_codes(spec), spec)
 
 
 def test_every_dense_format_has_an_answer_on_every_device():
     for name in ("int2_g32", "uint7_zf32", "binary", "ternary_g64", "int8_g32_f32"):
-        for op, spec in (("linear", FLOAT), ("linear", A8), ("embedding", FLOAT)):
+        for op, spec in (("linear", FLOAT), ("linear", A8), ("linear", A16), ("embedding", FLOAT)):
             for device in ("cpu", "cuda", "meta", "xpu"):
                 assert choose(KERNELS, Problem(op, parse_format(name), spec, device)).op == op
 
@@ -61,7 +67,7 @@ def test_the_fallback_comes_last():
     assert not all(flags)
 
 
-@pytest.mark.parametrize("spec", [FLOAT, A8], ids=["float", "a8"])
+@pytest.mark.parametrize("spec", [FLOAT, A8, A16], ids=["float", "a8", "a16"])
 def test_a_fallback_is_logged_with_the_name_of_the_layer(spec, caplog, monkeypatch):
     monkeypatch.delenv("PYENGINE_STRICT", raising=False)
     with caplog.at_level(logging.WARNING, logger="pyengine"):

@@ -94,6 +94,21 @@ struct Simd {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(p.pairs, _mm256_set1_epi16(1)));
   }
 
+  static I even_bytes(I x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+  static I odd_bytes(I x) { return _mm256_srai_epi16(x, 8); }
+  template <int Shift>
+  static I nibbles_of_halves(I x) {
+    const I low = Shift ? _mm256_srli_epi16(x, Shift) : x;
+    return Shift == 12 ? low : _mm256_and_si256(low, _mm256_set1_epi16(15));
+  }
+  static I dot2(I sum, I a, I b) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    // An empty statement that may change the sum: else GCC does all multiplications of a step before the additions,
+    // and keeps their results on the stack.
+    __asm__("" : "+x"(sum));
+    return sum;
+  }
+
   static F load_bf16(const uint16_t* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -138,6 +153,11 @@ struct Simd {
     const I order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
   }
+  static I wide_codes(F low, F high, F scale) {
+    const I packed = _mm256_packs_epi32(_mm256_cvtps_epi32(mul(low, scale)), _mm256_cvtps_epi32(mul(high, scale)));
+    return _mm256_permute4x64_epi64(packed, 0xd8);  // the pack interleaves 128-bit halves
+  }
+  static I swap_middle(I x) { return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(x, 0xd8), 0xd8); }
   static I store_codes(I negative, I q, uint8_t* to) {
     const I sign = _mm256_cmpgt_epi8(zero_i(), q), magnitude = _mm256_abs_epi8(q);
     const I first = _mm256_unpacklo_epi32(sign, magnitude), second = _mm256_unpackhi_epi32(sign, magnitude);

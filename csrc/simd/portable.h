@@ -23,6 +23,12 @@ struct Simd {
     return y;
   }
   static int byte_of(int32_t word, int index) { return static_cast<int8_t>(static_cast<uint32_t>(word) >> (8 * index)); }
+  static int half_of(int32_t word, int index) {
+    return static_cast<int16_t>(static_cast<uint32_t>(word) >> (16 * index));
+  }
+  static int32_t halves(int low, int high) {
+    return static_cast<int32_t>(static_cast<uint16_t>(low) | static_cast<uint32_t>(high) << 16);
+  }
   template <class To, class From>
   static To bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
@@ -157,6 +163,29 @@ struct Simd {
   }
   static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
+  // The signed bytes 0 and 2, and the signed bytes 1 and 3, of each lane as two signed halves.
+  static I even_bytes(I x) {
+    for (int i = 0; i < 8; i++) x.lane[i] = halves(byte_of(x.lane[i], 0), byte_of(x.lane[i], 2));
+    return x;
+  }
+  static I odd_bytes(I x) {
+    for (int i = 0; i < 8; i++) x.lane[i] = halves(byte_of(x.lane[i], 1), byte_of(x.lane[i], 3));
+    return x;
+  }
+  // The four bits from bit Shift on of each half of each lane.
+  template <int Shift>
+  static I nibbles_of_halves(I x) {
+    for (int i = 0; i < 8; i++)
+      x.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(x.lane[i]) >> Shift & 0x000f000fu);
+    return x;
+  }
+  // sum + the exact sum of the two products of signed halves of each lane; not for -32768 four times.
+  static I dot2(I sum, I a, I b) {
+    for (int i = 0; i < 8; i++)
+      for (int h = 0; h < 2; h++) sum.lane[i] += half_of(a.lane[i], h) * half_of(b.lane[i], h);
+    return sum;
+  }
+
   static F load_bf16(const uint16_t* p) {
     return each([&](int i) { return bits<float>(static_cast<uint32_t>(p[i]) << 16); });
   }
@@ -216,6 +245,21 @@ struct Simd {
     int8_t q[32];
     for (int i = 0; i < 32; i++) q[i] = static_cast<int8_t>(round(mul(x[i / 8], scale)).lane[i % 8]);
     return load_bytes(q);
+  }
+  // 16 signed halves q = round-half-even(x * scale), where |x * scale| < 32767.5.
+  static I wide_codes(F low, F high, F scale) {
+    int16_t q[16];
+    for (int i = 0; i < 16; i++) q[i] = static_cast<int16_t>(round(mul(i < 8 ? low : high, scale)).lane[i % 8]);
+    return load_bytes(q);
+  }
+  // Of every four halves, the middle two change places.
+  static I swap_middle(I x) {
+    for (int i = 0; i < 8; i += 2) {
+      const int32_t first = x.lane[i], second = x.lane[i + 1];
+      x.lane[i] = halves(half_of(first, 0), half_of(second, 0));
+      x.lane[i + 1] = halves(half_of(first, 1), half_of(second, 1));
+    }
+    return x;
   }
   // 32 codes as 8 times {4 signs, 4 magnitudes}: sign 0 or 0xff. Returns negative + the magnitudes of the negative codes,
   // spread over the lanes in any way.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..formats import WeightFormat
+from ..formats import A8, A16, WeightFormat
 from ..packed import DTYPES, PackedWeight
 from ..registry import KernelSpec, Layout, Problem
 from .torch import CANONICAL
@@ -26,7 +26,8 @@ logger = logging.getLogger("pyengine")
 ISAS = ("portable", "avx2")
 
 # As numbered in csrc/dtypes.h.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int32: 4}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32, torch.int16)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 ACTIVATION_CODES = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
 
@@ -223,14 +224,13 @@ def int8_per_channel(format: WeightFormat) -> bool:
     return format.encoding == "int" and format.bits == 8 and not format.group_size
 
 
-# Up to this size of a group, a difference of integer sums is exact in float32.
-MAX_FLOAT_GROUP = 8192
-
-
-def _nibbles_fit(format: WeightFormat) -> bool:
-    """Up to 4 bits, and eight codes at a time lie in one group."""
-    whole = format.zero_dtype != "float32" or 0 < format.group_size <= MAX_FLOAT_GROUP
-    return format.bits <= 4 and format.group_size % 8 == 0 and whole
+def _nibbles_fit(format: WeightFormat, largest: int = A8.largest) -> bool:
+    """Up to 4 bits, and eight codes at a time lie in one group. Of zero points that are not whole: a sum of
+    products with codes up to `largest` is exact in float32.
+    """
+    sums = format.group_size * (2**format.bits - 1) * largest
+    exact = format.zero_dtype != "float32" or 0 < sums <= 2**24
+    return format.bits <= 4 and format.group_size % 8 == 0 and exact
 
 
 def _rows_fit(format: WeightFormat) -> bool:
@@ -250,8 +250,10 @@ def _rows_of_8_bits(format: WeightFormat) -> bool:
 _VARIANTS: dict[tuple[str, str], tuple[Layout, Callable[[WeightFormat], bool], str, Callable[..., Any]]] = {
     ("linear", "int8"): (PANELS, int8_per_channel, "float", _linear),
     ("linear", "int8_a8"): (PANELS, int8_per_channel, "a8", _linear),
+    ("linear", "int8_a16"): (PANELS, int8_per_channel, "a16", _linear),
     ("linear", "int4"): (NIBBLES, _nibbles_fit, "float", _linear),
     ("linear", "int4_a8"): (NIBBLES, _nibbles_fit, "a8", _linear),
+    ("linear", "int4_a16"): (NIBBLES, partial(_nibbles_fit, largest=A16.largest), "a16", _linear),
     ("embedding", "int8"): (CANONICAL, _rows_of_8_bits, "float", _embedding),
     ("embedding", "int4"): (CANONICAL, _rows_of_4_bits, "float", _embedding),
 }

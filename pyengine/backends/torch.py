@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import WeightFormat
+from ..formats import ActivationSpec, WeightFormat
 from ..packed import DTYPES, PackedWeight
 from ..registry import KernelSpec, Layout, Problem
 
@@ -67,17 +67,16 @@ def _unpack(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -> Pac
 CANONICAL = Layout("canonical", _nbytes, _pack, _unpack)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
     """As reference.quantize_rows: (..., K) -> codes as float32 (..., K), scale (..., 1)."""
     x = x.float()
     amax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
     # Of two tensors: torch divides a number by a tensor in two roundings.
-    inverse = torch.full_like(amax, 127.0) / amax
+    largest = torch.full_like(amax, spec.largest)
+    inverse = largest / amax
     usable = torch.isfinite(inverse) & torch.isfinite(amax)
-    codes = torch.where(usable, x * inverse, 0.0).round_().clamp_(-127, 127)
-    scale = torch.where(
-        usable, amax / torch.full_like(amax, 127.0), torch.where(torch.isfinite(amax), 0.0, float("nan"))
-    )
+    codes = torch.where(usable, x * inverse, 0.0).round_().clamp_(-spec.largest, spec.largest)
+    scale = torch.where(usable, amax / largest, torch.where(torch.isfinite(amax), 0.0, float("nan")))
     return codes, scale
 
 
@@ -95,7 +94,7 @@ def _linear(
         if problem.input_spec.mode == "float":
             y = F.linear(x.float(), weight)
         else:
-            codes, scale = quantize_rows(x)
+            codes, scale = quantize_rows(x, problem.input_spec)
             y = F.linear(codes, weight) * scale
     if bias is not None:
         y = y + bias.float()
@@ -116,7 +115,7 @@ def _embedding(
 
 
 def _serves(problem: Problem) -> bool:
-    return problem.input_spec.mode == "float" or problem.input_spec.name == "a8"
+    return problem.input_spec.mode in ("float", "dynamic")
 
 
 KERNELS = tuple(

@@ -7,10 +7,10 @@
 namespace pyengine {
 
 struct LinearArgs {
-  const void* x;          // (M, K) contiguous; float32, bfloat16, float16, or int8 codes in [-127, 127]
+  const void* x;          // (M, K) contiguous; float32, bfloat16, float16, or codes of the kernel's activations
   const uint8_t* layout;  // the weight, see panels.h
   const float* bias;      // (N) or null
-  void* y;                // (M, N) contiguous; float32, bfloat16, float16, or int32 for the bare sums of int8 codes
+  void* y;                // (M, N) contiguous; float32, bfloat16, float16, or int32 for the bare sums of codes
   uint8_t* workspace;     // linear_workspace_bytes() of the kernel, 64-byte aligned
   int64_t M, N, K;
   DType x_type, y_type;
