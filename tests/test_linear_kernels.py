@@ -20,13 +20,14 @@ from helpers import (
     run_linear,
     weight_of,
 )
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyengine import _C, ops, reference
 from pyengine.backends import cpu
-from pyengine.formats import parse_format
+from pyengine.formats import ACTIVATIONS, WeightFormat, parse_format
 from pyengine.packed import PackedWeight
+from pyengine.registry import Problem
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -231,6 +232,36 @@ def test_outputs_are_within_the_bound(kernel, format, spec, activation, dtype):
             y = run_linear(kernel, x, weight, bias, spec, activation)
             assert y.dtype == dtype
             assert_within(y, *expected_linear(kernel, x, weight, bias, spec, activation))
+
+
+ENCODINGS = [
+    *(("int", bits, None) for bits in range(2, 9)),
+    *(("uint", bits, zero) for bits in range(1, 9) for zero in ("uint8", "float32")),
+    *[("binary", 1, None), ("ternary", 2, None)],
+]
+ANY_FORMAT = [
+    WeightFormat(encoding, bits, group, scale, zero)
+    for encoding, bits, zero in ENCODINGS
+    for group in (0, 8, 32, 64, 128)
+    for scale in ("float16", "float32")
+]
+COMPILED = [kernel for kernel in cpu.SUPPORTED if kernel.op == "linear"]
+
+
+@pytest.mark.parametrize("kernel", COMPILED, ids=lambda kernel: kernel.name)
+@settings(max_examples=200)
+@given(
+    data=st.data(), m=st.integers(1, 6), k=st.integers(1, 150), n=st.integers(1, 40), seed=st.integers(0, 99)
+)
+def test_any_format_that_a_kernel_serves_is_within_the_bound_at_any_shape(kernel, data, m, k, n, seed):
+    """Not the named formats alone: every encoding, width, group, and type of scales and zero points."""
+    spec = ACTIVATIONS["a8" if "a8" in kernel.name else "float"]
+    served = [f for f in ANY_FORMAT if kernel.serves(Problem("linear", f, spec, "cpu"))]
+    weight = random_weight(data.draw(st.sampled_from(served)), n, k, seed)
+    x, bias = inputs(m, k, seed=seed) * 10.0 ** data.draw(st.integers(-6, 6)), torch.linspace(-2, 2, n)
+    assert_within(run_linear(kernel, x, weight, bias, spec), *expected_linear(kernel, x, weight, bias, spec))
+    if spec.bits and weight.format.zero_dtype != "float32":
+        assert_exact(kernel, weight, random_codes(m, k, seed), rows=[m])
 
 
 @compiled_kernels

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import arrays, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import pyengine as pe
-from pyengine import io, quantizers
+from pyengine import io, quantizers, reference
 from pyengine.formats import parse_format
 from pyengine.packed import PackedWeight, grouped
 
@@ -196,24 +196,30 @@ def test_gptq_loses_less_output_than_the_search_without_data(name, act_order):
         assert lost_output(x, weight, packed) < 0.8 * lost_output(x, weight, plain), (n, k)
 
 
-def test_gptq_is_the_papers_algorithm():
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("name", "k"), [("int4_f16", 40), ("int4_f16", 300), ("uint4_g32", 300)])
+def test_gptq_is_the_papers_algorithm(name, k, act_order):
     """Written down again, without blocks: column after column, and the inverse made smaller by Gaussian
-    elimination (equation 3 of the paper) instead of by its Cholesky factor."""
-    format = parse_format("int4_f16")
-    weight, x = weights(5, 40, seed=2), correlated_inputs(400, 40)
-    packed = quantizers.gptq(weight, format, x.t() @ x)
-    scale = packed.scale.double().numpy()[:, 0]
+    elimination (equation 3 of the paper) instead of by its Cholesky factor. Scales are taken as found."""
+    format = parse_format(name)
+    weight, x = weights(5, k, seed=2), correlated_inputs(10 * k, k)
+    packed = quantizers.gptq(weight, format, x.t() @ x, act_order=act_order)
+    _, scale, zero, _ = arrays(packed)
+    scale = reference.spread_groups(scale.astype(np.float64), format, k)
+    step = np.where(scale > 0, scale, np.inf)
+    offset = np.full((5, k), 8) if zero is None else reference.spread_groups(zero.astype(int), format, k)
     w, h = weight.double().numpy().copy(), (x.t() @ x).double().numpy()
-    inverse = np.linalg.inv(h + 0.01 * np.diag(h).mean() * np.eye(40))
-    codes = np.zeros((5, 40))
-    for j in range(40):
-        codes[:, j] = np.clip(np.rint(w[:, j] / scale), -8, 7)
-        error = (w[:, j] - codes[:, j] * scale) / inverse[j, j]
+    inverse = np.linalg.inv(h + 0.01 * np.diag(h).mean() * np.eye(k))
+    codes = np.zeros((5, k))
+    for j in np.argsort(-np.diag(h), kind="stable") if act_order else range(k):
+        codes[:, j] = np.clip(np.rint(w[:, j] / step[:, j]) + offset[:, j], 0, 15)
+        error = (w[:, j] - (codes[:, j] - offset[:, j]) * scale[:, j]) / inverse[j, j]
         w -= error[:, None] * inverse[j]
         inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-    got = packed.codes().numpy().astype(int) - 8
+    got = packed.codes().numpy()
     assert (got == codes).mean() > 0.98  # float32 may take the other of two codes now and then
-    assert (np.rint(weight.double().numpy() / scale[:, None]).clip(-8, 7) == got).mean() < 0.9
+    nearest = np.rint(weight.double().numpy() / step) + offset
+    assert (nearest.clip(0, 15) == got).mean() < 0.9
 
 
 def test_gptq_on_inputs_without_correlation_is_the_search():
