@@ -245,6 +245,13 @@ class PackedWeight:
                 raise ValueError("weight has values that are not finite")
 
 
+def as_matrix(weight: Tensor) -> Tensor:
+    """The (N, K) matrix of a layer's weight: itself, or of a convolution (N, channels, *taps) the matrix with
+    K = taps * channels, the channel fastest; channels are those of one group of the convolution.
+    """
+    return weight if weight.dim() <= 2 else weight.movedim(1, -1).flatten(1)
+
+
 def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest and the largest weight of each group (..., group size), and 0."""
     return groups.amin(-1).clamp(max=0.0), groups.amax(-1).clamp(min=0.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .formats import WeightFormat
-from .packed import DTYPES, PackedWeight, extremes, grouped, pack_codes, row_blocks, stored_scale
+from .packed import DTYPES, PackedWeight, as_matrix, extremes, grouped, pack_codes, row_blocks, stored_scale
 from .scheme import Scheme
 
 Parameters = tuple[Tensor, Tensor | None]  # scale and zero (N, groups), float32
@@ -161,8 +161,15 @@ def quantize(weight: Tensor, scheme: Scheme, method: str | None = None) -> Packe
     """The weight in the scheme's format, by a method that needs no data: "round" (PackedWeight.quantize,
     which alone knows the pair-sum option), "mse", "hqq" or None, the default of the scheme.
 
+    The weight of a convolution becomes its matrix, see as_matrix(). Groups begin anew at each tap: where
+    their size does not divide the channels, there is one scale per output channel.
+
     Raises ValueError for another name, and for a weight that is not finite.
     """
+    if weight.dim() > 2:
+        whole = not scheme.group_size or weight.shape[1] % scheme.group_size == 0
+        scheme = scheme if whole else replace(scheme, group_size=0)
+        weight = as_matrix(weight)
     method = default_method(scheme) if method is None else method
     if method == "round":
         return PackedWeight.quantize(weight, scheme.format, pair_sum=scheme.pairs)
