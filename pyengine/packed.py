@@ -74,6 +74,11 @@ def _within(tensor: Tensor, low: float, high: float) -> bool:
     return bool(low <= smallest) and bool(largest <= high)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are, without temporaries of the tensor's size."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A quantized (N, K) weight in the bytes of the file.
@@ -240,9 +245,8 @@ class PackedWeight:
             raise NotImplementedError(f"format {format.name}: no rounding quantizer")
         if weight.is_meta:
             raise ValueError("weight is on the meta device: it has no values to quantize")
-        for rows in row_blocks(*weight.shape):
-            if not bool(torch.isfinite(weight[rows]).all()):
-                raise ValueError("weight has values that are not finite")
+        if not is_finite(weight.detach()):
+            raise ValueError("weight has values that are not finite")
 
 
 def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,19 @@
 """How the codes of a weight are found: rounding, and what is better than rounding at few bits.
 
-Each method takes a float (N, K) weight and a format and gives a PackedWeight; gptq also what is known of the
-layer's inputs.
+Each method takes a float (N, K) weight and a format and gives a PackedWeight; gptq and awq also what is known
+of the layer's inputs, and awq takes the weights of all layers that share an input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .formats import WeightFormat
-from .packed import DTYPES, PackedWeight, extremes, grouped, pack_codes, row_blocks, stored_scale
+from .packed import DTYPES, PackedWeight, extremes, grouped, is_finite, pack_codes, row_blocks, stored_scale
 from .scheme import Scheme
 
 Parameters = tuple[Tensor, Tensor | None]  # scale and zero (N, groups), float32
@@ -141,15 +141,57 @@ def _inverse_factor(moments: Tensor, damping: float, act_order: bool) -> tuple[T
     return None
 
 
-def output_error(weight: Tensor, packed: PackedWeight, moments: Tensor) -> float:
-    """||X (W - Q)^T|| / ||X W^T|| from the moments of the inputs X: how much a layer's output is off."""
-    w = weight.detach().float()
-    lost = w - packed.dequantize()
-    size = float(((w @ moments) * w).sum())
-    return (max(float(((lost @ moments) * lost).sum()), 0.0) / size) ** 0.5 if size > 0 else 0.0
+def awq(
+    weights: Sequence[Tensor], schemes: Sequence[Scheme], moments: Tensor, magnitudes: Tensor
+) -> tuple[Tensor, list[PackedWeight]] | None:
+    """AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978): scales s (K,) of the input that some layers
+    share, who get x / s and quantize W s, so that the columns of large inputs are rounded more finely:
+
+        s = a / sqrt(max(a) min(a)),  a = max(m^alpha, 1e-4),  m = magnitudes / max(magnitudes)
+
+    with that alpha out of 0, 1 / AWQ_GRID, ... 1 for which the outputs are off least, the sum over the layers
+    of tr((W - W') H (W - W')^T), W' = Q(W s) / s, where H = moments = sum x x^T, magnitudes = sum |x|, and Q
+    is quantize(). alpha = 0 is s = 1.
+
+    Returns s and each layer's Q(W s); None if moments or magnitudes are not finite.
+    """
+    if not is_finite(moments) or not is_finite(magnitudes):
+        return None
+    share = magnitudes / magnitudes.max().clamp(min=torch.finfo(torch.float32).tiny)
+    least, best = float("inf"), None
+    for alpha in torch.linspace(0, 1, AWQ_GRID + 1).tolist():
+        s = share.pow(alpha).clamp_(min=1e-4)
+        s /= (s.max() * s.min()).sqrt()
+        tried = [
+            quantize(weight.detach().float() * s, scheme)
+            for weight, scheme in zip(weights, schemes, strict=True)
+        ]
+        error = sum(
+            output_power(weight.detach().float() - packed.dequantize() / s, moments)
+            for weight, packed in zip(weights, tried, strict=True)
+        )
+        if error < least:
+            least, best = error, (s, tried)
+    return best
 
 
-METHODS = ("round", "mse", "hqq", "gptq")
+AWQ_GRID = 20
+
+
+def output_power(weight: Tensor, moments: Tensor) -> float:
+    """||X W^T||^2 = tr(W H W^T), where H = moments = X^T X."""
+    blocks = (weight[rows].detach().float() for rows in row_blocks(*weight.shape))
+    return max(sum(float(((rows @ moments) * rows).sum()) for rows in blocks), 0.0)
+
+
+def output_error(weight: Tensor, other: Tensor, moments: Tensor) -> float:
+    """||X (W - W')^T|| / ||X W^T||: how much a layer's output is off with another weight."""
+    power = output_power(weight, moments)
+    return (output_power(weight.detach().float() - other, moments) / power) ** 0.5 if power > 0 else 0.0
+
+
+CALIBRATED = ("gptq", "awq")
+METHODS = ("round", "mse", "hqq", *CALIBRATED)
 
 
 def default_method(scheme: Scheme) -> str:
@@ -170,8 +212,8 @@ def quantize(weight: Tensor, scheme: Scheme, method: str | None = None) -> Packe
         return mse(weight, scheme.format)
     if method == "hqq":
         return hqq(weight, scheme.format)
-    if method == "gptq":
-        raise ValueError("gptq needs calibration data: see pe.quantize_")
+    if method in CALIBRATED:
+        raise ValueError(f"{method} needs calibration data: see pe.quantize_")
     raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
 
 

@@ -264,7 +264,7 @@ def test_quantize_calibrates_in_the_order_of_calls_and_each_layer_behind_quantiz
         seen.append((weight, moments.clone()))
         return real(weight, format, moments, **options)
 
-    monkeypatch.setattr("pyengine.passes.quantize.gptq", spy)
+    monkeypatch.setattr("pyengine.passes.calibrated.gptq", spy)
     order = [model.first.weight, model.twice.weight, model.last.weight]
     floats = {name: layer.weight.detach().clone() for name, layer in model.named_children()}
     report = pe.quantize_(model, "w4_g32_asym", calibration_data=data, progress=False)
