@@ -12,7 +12,7 @@ from .. import nn as packed_nn
 from ..nn.packed_module import PackedModule
 from ..packed import PackedWeight
 from ..progress import track
-from ..quantizers import awq, gptq, output_error, quantize
+from ..quantizers import awq, gptq, output_power, quantize
 from ..scheme import Scheme
 from .calibration import Forward, SecondMoments, call_order, evaluation, in_chunks
 from .dataflow import Group, divided, groups
@@ -141,17 +141,29 @@ def _plain(weight: Tensor, scheme: Scheme, name: str) -> PackedWeight:
         raise ValueError(f"linear {name!r}: {error}") from None
 
 
+def _powers(weight: Tensor, other: Tensor, moments: Tensor) -> tuple[float, float]:
+    """The power of the layer's output, and of what it is off with the other weight, which is overwritten."""
+    return output_power(weight, moments), output_power(other.sub_(weight.detach()), moments)
+
+
+def _note(method: str, after: float, before: float, whole: float) -> str:
+    """Errors of the output, relative to it."""
+    after, before = ((power / whole) ** 0.5 if whole > 0 else 0.0 for power in (after, before))
+    return f"{method}: output error {after:.1%}, without data {before:.1%}"
+
+
 def _gptq_weight(
     linear: nn.Linear, name: str, scheme: Scheme, moments: Tensor, act_order: bool
 ) -> tuple[PackedWeight, str]:
     """The weight, and what it does to the layer's output."""
     plain = _plain(linear.weight, scheme, name)
-    packed = gptq(linear.weight, scheme.format, moments, act_order=act_order)
-    if packed is None:
+    whole, before = _powers(linear.weight, plain.dequantize(), moments)
+    found = gptq(linear.weight, scheme.format, moments, act_order=act_order)
+    if found is None:
         logger.warning("linear %r: no gptq on its inputs, its codes are found without data", name)
         return plain, "gptq impossible: without data"
-    before, after = (output_error(linear.weight, w.dequantize(), moments) for w in (plain, packed))
-    return packed, f"gptq: output error {after:.1%}, without data {before:.1%}"
+    packed, after = found
+    return packed, _note("gptq", after, before, whole)
 
 
 def _awq_weights(
@@ -179,6 +191,6 @@ def _awq_weights(
     for key, parameter in divided(group.producer, scales).items():
         put(group.producer._parameters, key, parameter)
     for (name, weight), packed in zip(weights.items(), packed_weights, strict=True):
-        after = output_error(weight, packed.dequantize() / scales, moments)
-        before = output_error(weight, plain[name].dequantize(), moments)
-        yield name, packed, f"awq: output error {after:.1%}, without data {before:.1%}"
+        whole, after = _powers(weight, packed.dequantize() / scales, moments)
+        _, before = _powers(weight, plain[name].dequantize(), moments)
+        yield name, packed, _note("awq", after, before, whole)

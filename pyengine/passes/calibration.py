@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import memory
+
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -70,7 +72,7 @@ class SecondMoments:
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
         self._layers = layers
         self.moments = {
-            name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+            name: memory.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
             for name, layer in layers.items()
         }
         self.magnitudes = {
