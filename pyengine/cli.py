@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from ._version import __version__
 from .terminal import add, console, deliver, grid, shown
-from .usercode import UserCodeError, load_weights, make_model
+from .usercode import UserCodeError, calibration_batches, load_weights, make_model
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -97,9 +97,15 @@ def _compress(arguments: argparse.Namespace) -> int:
     model = make_model(arguments.model)
     if arguments.weights is not None:
         load_weights(model, arguments.weights)
+    calibration = None if arguments.calibration is None else calibration_batches(arguments.calibration)
     before = sum(tensor.nbytes for tensor in model.state_dict().values())
     compressed, report = compress(
-        model, scheme, include=arguments.include, exclude=arguments.exclude, method=arguments.method
+        model,
+        scheme,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        method=arguments.method,
+        calibration_data=calibration,
     )
     save(compressed, target)
     print(report)
@@ -263,7 +269,12 @@ def _parser() -> argparse.ArgumentParser:
         compress.add_argument(
             option, metavar="P", action="append", help=f"{what}: a glob or re:regex; repeatable"
         )
-    compress.add_argument("--method", metavar="M", help="how codes are found: round, mse or hqq")
+    compress.add_argument("--method", metavar="M", help="how codes are found: round, mse, hqq, gptq or awq")
+    compress.add_argument(
+        "--calibration",
+        metavar="MODULE:ITERABLE",
+        help="batches for gptq and awq",
+    )
     compress.add_argument("--force", action="store_true", help="replace FILE if it exists")
     compress.set_defaults(run=_compress)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .formats import FormatError
+from .memory import pages
 
 # A header of 16 MB describes a hundred thousand tensors. A hostile one, all brackets, takes almost thirty
 # times its size while it is parsed.
@@ -203,7 +204,7 @@ class Container:
         entry = self.entries[name]
         if self._map is not None and entry.begin % LINE == 0:
             return _typed(name, entry, self._map, entry.begin)
-        memory = _pages(entry.nbytes)
+        memory = pages(entry.nbytes)
         target, done = memoryview(memory), 0
         while done < entry.nbytes:
             got = os.preadv(self._fd, [target[done : entry.nbytes]], entry.begin + done)
@@ -223,14 +224,6 @@ class Container:
             end = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
             if end > begin:
                 self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-
-def _pages(nbytes: int) -> mmap.mmap | bytearray:
-    """Memory that goes back to the system when it is no longer used. malloc would keep it, in holes between
-    what lives longer.
-    """
-    small = nbytes < mmap.PAGESIZE
-    return bytearray(nbytes) if small else mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _typed(name: str, entry: Entry, memory: Any, start: int) -> Tensor:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import memory
 from .formats import FormatError, WeightFormat
 from .reference import PAIR_LANES, PAIR_MAX_GROWTH, PAIR_TARGET
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 
 # Codes are handled in blocks of rows of about this many, so that temporaries stay small beside the weight.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 def row_blocks(n: int, k: int) -> Iterator[slice]:
@@ -72,6 +73,11 @@ def _within(tensor: Tensor, low: float, high: float) -> bool:
     """Whether all elements lie in [low, high]; a NaN does not. Without temporaries of the tensor's size."""
     smallest, largest = torch.aminmax(tensor)
     return bool(low <= smallest) and bool(largest <= high)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are, without temporaries of the tensor's size."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +218,7 @@ class PackedWeight:
         n, k = weight.shape
         stored = stored_scale(scale, format)
         format = replace(format, scale_dtype="float32" if stored.dtype == torch.float32 else "float16")
-        codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+        codes = memory.zeros(n, k, dtype=torch.uint8, device=weight.device)
         top = 2**format.bits - 1
         if zero is not None and format.zero_dtype == "uint8":
             zero = zero.clamp(0, top)
@@ -240,9 +246,8 @@ class PackedWeight:
             raise NotImplementedError(f"format {format.name}: no rounding quantizer")
         if weight.is_meta:
             raise ValueError("weight is on the meta device: it has no values to quantize")
-        for rows in row_blocks(*weight.shape):
-            if not bool(torch.isfinite(weight[rows]).all()):
-                raise ValueError("weight has values that are not finite")
+        if not is_finite(weight.detach()):
+            raise ValueError("weight has values that are not finite")
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -1,19 +1,30 @@
 """How the codes of a weight are found: rounding, and what is better than rounding at few bits.
 
-Each method takes a float (N, K) weight and a format and gives a PackedWeight; gptq also what is known of the
-layer's inputs.
+Each method takes a float (N, K) weight and a format and gives a PackedWeight; gptq and awq also what is known
+of the layer's inputs, and awq takes the weights of all layers that share an input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from . import memory
 from .formats import WeightFormat
-from .packed import DTYPES, PackedWeight, as_matrix, extremes, grouped, pack_codes, row_blocks, stored_scale
+from .packed import (
+    DTYPES,
+    PackedWeight,
+    as_matrix,
+    extremes,
+    grouped,
+    is_finite,
+    pack_codes,
+    row_blocks,
+    stored_scale,
+)
 from .scheme import Scheme
 
 Parameters = tuple[Tensor, Tensor | None]  # scale and zero (N, groups), float32
@@ -54,7 +65,7 @@ def hqq(weight: Tensor, format: WeightFormat, *, iterations: int = 20) -> Packed
 
 def gptq(
     weight: Tensor, format: WeightFormat, moments: Tensor, *, act_order: bool = False, damping: float = 0.01
-) -> PackedWeight | None:
+) -> tuple[PackedWeight, float] | None:
     """GPTQ (Frantar et al., 2022, https://arxiv.org/abs/2210.17323): codes with a small error of the layer's
     output on calibration data, tr((W - Q) H (W - Q)^T), H = moments = sum of x x^T over its inputs, (K, K).
 
@@ -65,18 +76,22 @@ def gptq(
 
     A group's parameters are found by mse() when its first column is reached. act_order rounds columns in the
     order of falling H_jj, with parameters found beforehand. The damping grows tenfold until H can be
-    factored; None if it never can, as when H is not finite.
+    factored; None if it never can, as when H is not finite. Moments are overwritten.
+
+    Returns Q and its error. As W - Q = e U, row by row, and U^-1 U^-T = H + d I, the sum of all e^2 is
+    tr((W - Q) (H + d I) (W - Q)^T), of which the part of d is taken off.
     """
     PackedWeight.require_roundable(weight, format)
     n, k = weight.shape
     factor = _inverse_factor(moments, damping, act_order)
     if factor is None:
         return None
-    permutation, upper = factor
+    permutation, added, upper = factor
     order = permutation.tolist()
     groups = format.groups(k)
     size = max(min(format.group_size or k, k), 1)
-    w = weight.detach().float().t()[permutation]  # (K, N): a column of the weight is a row of memory
+    w = memory.zeros(k, n, device=weight.device)  # a column of the weight is a row of memory
+    w.copy_(weight.detach().t()[permutation])
     scale = torch.zeros(groups, n, device=w.device)
     zero = torch.zeros_like(scale) if format.encoding == "uint" else None
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
@@ -84,14 +99,16 @@ def gptq(
     half = 2 ** (format.bits - 1)
 
     def find(group: int, columns: Tensor) -> None:
-        found, zeros = search(columns, format)
-        scale[group] = stored_scale(found, format).float()
-        if zero is not None and zeros is not None:
-            zero[group] = zeros
+        for rows in row_blocks(*columns.shape):
+            found, zeros = search(columns[rows], format)
+            scale[group, rows] = stored_scale(found, format).float()
+            if zero is not None and zeros is not None:
+                zero[group, rows] = zeros
 
     if act_order:
         for group in range(groups):
             find(group, weight.detach()[:, group * size : (group + 1) * size].float())
+    lost = 0.0
     for begin in range(0, k, GPTQ_BLOCK):
         end = min(begin + GPTQ_BLOCK, k)
         errors = torch.empty(end - begin, n, device=w.device)
@@ -107,49 +124,99 @@ def gptq(
             errors[j - begin] = error
             w[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
         w[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
+        lost += float(errors.square_().sum())
     scale = scale.t().contiguous()
     kept = scale.to(DTYPES[format.scale_dtype])
     if not kept.float().equal(scale):  # a group's scale was one that float16 would lose
         format, kept = replace(format, scale_dtype="float32"), scale
     whole = None if zero is None else zero.t().to(torch.uint8, memory_format=torch.contiguous_format)
-    return PackedWeight(format, (n, k), pack_codes(codes.t().contiguous(), format.bits), kept, whole)
+    packed = PackedWeight(format, (n, k), pack_codes(codes.t().contiguous(), format.bits), kept, whole)
+    away = packed.dequantize().sub_(weight.detach()).square_().sum(0)[permutation]
+    return packed, max(lost - float(away @ added), 0.0)
 
 
 GPTQ_BLOCK = 128
 
 
-def _inverse_factor(moments: Tensor, damping: float, act_order: bool) -> tuple[Tensor, Tensor] | None:
-    """The order of the columns, and the upper Cholesky factor of the inverse of the damped moments."""
-    diagonal = moments.diagonal()
-    if not bool(torch.isfinite(moments).all()):
+def _inverse_factor(moments: Tensor, damping: float, act_order: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The order of the columns, what is added to the diagonal (in that order), and the upper Cholesky factor
+    of the inverse, in the memory of the moments: LAPACK works in place on one triangle of a matrix stored by
+    columns. The moments' triangle is kept for the next damping.
+    """
+    if not is_finite(moments):
         return None
-    k = len(diagonal)
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(k)
+    k = len(moments)
+    diagonal = moments.diagonal()
+    order = torch.arange(k, device=moments.device)
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
     diagonal = diagonal[order]
-    diagonal[diagonal == 0] = 1.0  # an input that is always 0: any code will do
-    mean = float(diagonal.mean()) if k else 0.0
+    silent = (diagonal == 0).float()  # an input that is always 0: any code will do
+    mean = float((diagonal + silent).mean()) if k else 0.0
+    triangle = memory.zeros(k * (k + 1) // 2, device=moments.device).split([*range(k, 0, -1)])
+    for row, (source, kept) in enumerate(zip(order.tolist(), triangle, strict=True)):
+        torch.index_select(moments[source], 0, order[row:], out=kept)
+    matrix, failed = moments.mT, torch.zeros((), dtype=torch.int32, device=moments.device)
     for damp in (damping * 10**i for i in range(5)):
-        matrix = moments[order][:, order]
-        matrix.diagonal().copy_(diagonal + damp * mean)
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
+        for row, kept in enumerate(triangle):
+            moments[row, row:] = kept
+        added = silent + damp * mean
+        matrix.diagonal().copy_((diagonal + silent) + damp * mean)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if int(failed):
             continue
-        matrix = torch.cholesky_inverse(matrix)
-        matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-        if not int(failed) and bool(torch.isfinite(matrix).all()):
-            return order, matrix
+        torch.cholesky_inverse(matrix, out=matrix)
+        torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
+        if not int(failed) and is_finite(moments):
+            return order, added, matrix
     return None
 
 
-def output_error(weight: Tensor, packed: PackedWeight, moments: Tensor) -> float:
-    """||X (W - Q)^T|| / ||X W^T|| from the moments of the inputs X: how much a layer's output is off."""
-    w = weight.detach().float()
-    lost = w - packed.dequantize()
-    size = float(((w @ moments) * w).sum())
-    return (max(float(((lost @ moments) * lost).sum()), 0.0) / size) ** 0.5 if size > 0 else 0.0
+def awq(
+    weights: Sequence[Tensor], schemes: Sequence[Scheme], moments: Tensor, magnitudes: Tensor
+) -> tuple[Tensor, list[PackedWeight]] | None:
+    """AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978): scales s (K,) of the input that some layers
+    share, who get x / s and quantize W s, so that the columns of large inputs are rounded more finely:
+
+        s = a / sqrt(max(a) min(a)),  a = max(m^alpha, 1e-4),  m = magnitudes / max(magnitudes)
+
+    with that alpha out of 0, 1 / AWQ_GRID, ... 1 for which the outputs are off least, the sum over the layers
+    of tr((W - W') H (W - W')^T), W' = Q(W s) / s, where H = moments = sum x x^T, magnitudes = sum |x|, and Q
+    is quantize(). alpha = 0 is s = 1.
+
+    Returns s and each layer's Q(W s); None if moments or magnitudes are not finite.
+    """
+    if not is_finite(moments) or not is_finite(magnitudes):
+        return None
+    share = magnitudes / magnitudes.max().clamp(min=torch.finfo(torch.float32).tiny)
+    least, best = float("inf"), None
+    for alpha in torch.linspace(0, 1, AWQ_GRID + 1).tolist():
+        s = share.pow(alpha).clamp_(min=1e-4)
+        s /= (s.max() * s.min()).sqrt()
+        tried = [
+            quantize(weight.detach().float() * s, scheme)
+            for weight, scheme in zip(weights, schemes, strict=True)
+        ]
+        error = sum(
+            output_power(weight.detach().float() - packed.dequantize() / s, moments)
+            for weight, packed in zip(weights, tried, strict=True)
+        )
+        if error < least:
+            least, best = error, (s, tried)
+    return best
 
 
-METHODS = ("round", "mse", "hqq", "gptq")
+AWQ_GRID = 20
+
+
+def output_power(weight: Tensor, moments: Tensor) -> float:
+    """||X W^T||^2 = tr(W H W^T), where H = moments = X^T X."""
+    blocks = (weight[rows].detach().float() for rows in row_blocks(*weight.shape))
+    return max(sum(float(((rows @ moments) * rows).sum()) for rows in blocks), 0.0)
+
+
+CALIBRATED = ("gptq", "awq")
+METHODS = ("round", "mse", "hqq", *CALIBRATED)
 
 
 def default_method(scheme: Scheme) -> str:
@@ -177,8 +244,8 @@ def quantize(weight: Tensor, scheme: Scheme, method: str | None = None) -> Packe
         return mse(weight, scheme.format)
     if method == "hqq":
         return hqq(weight, scheme.format)
-    if method == "gptq":
-        raise ValueError("gptq needs calibration data: see pe.quantize_")
+    if method in CALIBRATED:
+        raise ValueError(f"{method} needs calibration data: see pe.quantize_")
     raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
 
 

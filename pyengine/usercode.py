@@ -1,4 +1,4 @@
-"""The user's own code: MODULE:FACTORY, and what it raises."""
+"""The user's own code: MODULE:NAME, and what it raises."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class UserCodeError(Exception):
-    """MODULE:FACTORY raised; the message says what and where."""
+    """The user's code raised; the message says what and where."""
 
 
 def make_model(spec: str) -> nn.Module:
@@ -22,23 +22,7 @@ def make_model(spec: str) -> nn.Module:
     This runs the user's code. The current directory comes before the Python path. Raises ValueError or
     TypeError if there is no such function or it makes no model, UserCodeError if the code itself raises.
     """
-    module_name, _, factory_name = spec.partition(":")
-    if not module_name or not factory_name:
-        raise ValueError(f"{spec!r} is not of the form MODULE:FACTORY")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(f"no module {error.name!r} in this directory or on the Python path") from None
-        raise _user_error(error) from error
-    except (Exception, SystemExit) as error:
-        raise _user_error(error) from error
-    factory: Any = module
-    for name in factory_name.split("."):
-        factory = getattr(factory, name, None)
-    if factory is None:
-        raise ValueError(f"module {module_name!r} has no {factory_name!r}")
+    factory = _look_up(spec, "MODULE:FACTORY")
     if isinstance(factory, nn.Module) or not callable(factory):
         raise TypeError(f"{spec} is a {type(factory).__name__}, not a function that makes a model")
     try:
@@ -48,6 +32,38 @@ def make_model(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{spec} made a {type(model).__name__}, not a torch.nn.Module")
     return model.eval()
+
+
+def calibration_batches(spec: str) -> Any:
+    """MODULE:ITERABLE -> the iterable of batches, or what it returns if it is a function. As make_model."""
+    batches = _look_up(spec, "MODULE:ITERABLE")
+    if not callable(batches):
+        return batches
+    try:
+        return batches()
+    except (Exception, SystemExit) as error:
+        raise _user_error(error) from error
+
+
+def _look_up(spec: str, form: str) -> Any:
+    module_name, _, path = spec.partition(":")
+    if not module_name or not path:
+        raise ValueError(f"{spec!r} is not of the form {form}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(f"no module {error.name!r} in this directory or on the Python path") from None
+        raise _user_error(error) from error
+    except (Exception, SystemExit) as error:
+        raise _user_error(error) from error
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    if found is None:
+        raise ValueError(f"module {module_name!r} has no {path!r}")
+    return found
 
 
 def _user_error(error: BaseException) -> UserCodeError:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room imports from its own floor and from those below; kernels stands beside the house.
 FLOORS = [
     {"_version", "_C"},
-    {"formats"},
+    {"formats", "memory"},
     {"reference", "scheme"},
     {"packed"},
     {"registry", "quantizers"},

@@ -28,6 +28,17 @@ def make():
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
 
+def normed():
+    return nn.Sequential(*make()[:1], nn.LayerNorm(32), *make()[1:])
+
+batches = [torch.arange(50)] * 2
+
+def more_batches():
+    return batches
+
+def no_batches():
+    return helper().weight
+
 def broken():
     return helper()
 
@@ -137,6 +148,42 @@ def test_include_and_exclude_choose_layers(zoo, run):
             [layer["name"] for layer in json.loads(run("info", "m.safetensors", "--json")[1])["layers"]]
         )
     assert layers == [["1", "3"], ["3"]]
+
+
+@pytest.mark.parametrize("batches", ["batches", "more_batches"])
+def test_calibration_data_come_from_the_users_module(zoo, run, batches):
+    arguments = (
+        "compress",
+        "zoo:normed",
+        "-o",
+        "m.safetensors",
+        "--scheme",
+        "w4_g32_asym",
+        "--method",
+        "awq",
+    )
+    status, out, err = run(*arguments, "--calibration", f"zoo:{batches}")
+    assert (status, err) == (0, "")
+    assert "awq: output error" in " ".join(out.split())
+    (step,) = json.loads(run("info", "m.safetensors", "--json")[1])["recipe"]
+    assert step == {"pass": "quantize", "scheme": "w4_g32_asym", "method": "awq"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (None, "method 'awq' needs calibration_data"),
+        ("zoo", "'zoo' is not of the form MODULE:ITERABLE"),
+        ("zoo:nothing", "module 'zoo' has no 'nothing'"),
+        ("zoo:no_batches", "RuntimeError: Trying to create tensor with negative dimension"),
+    ],
+)
+def test_bad_calibration_data_are_one_line(zoo, run, spec, message):
+    arguments = ["compress", "zoo:normed", "-o", "m.safetensors", "--scheme", "w4", "--method", "awq"]
+    status, _, err = run(*arguments, *([] if spec is None else ["--calibration", spec]))
+    assert status == (1 if spec == "zoo:no_batches" else 2)
+    assert message in one_line(err)
+    assert not (zoo / "m.safetensors").exists()
 
 
 def test_weights_are_loaded_before_compressing(zoo, run):

@@ -124,3 +124,18 @@ print(json.dumps(peak(refused)))
 """
     size, grown = run(script, scheme, path)
     assert grown < size / 20
+
+
+def test_gptq_works_in_the_memory_of_the_moments():
+    """Half of them again, and a few times the weight, where every step once took a matrix of its own."""
+    script = """
+from pyengine import quantizers
+from pyengine.formats import parse_format
+weight, x = torch.randn(128, 2048), torch.randn(4096, 2048)
+moments = x.t() @ x
+quantizers.gptq(weight[:, :64], parse_format("uint4_g32"), moments[:64, :64].clone())
+_, grown = peak(lambda: quantizers.gptq(weight, parse_format("uint4_g32"), moments))
+print(json.dumps([grown, moments.nbytes, weight.nbytes]))
+"""
+    grown, moments, weight = run(script, "w8a8")
+    assert grown < 0.5 * moments + 6 * weight, f"{grown / moments:.2f} of the moments"

@@ -190,7 +190,8 @@ def test_gptq_loses_less_output_than_the_search_without_data(name, act_order):
     format = parse_format(name)
     for n, k in ((24, 96), (7, 300), (16, 31)):
         weight, x = weights(n, k), correlated_inputs(2000, k)
-        packed = quantizers.gptq(weight, format, x.t() @ x, act_order=act_order)
+        packed, lost = quantizers.gptq(weight, format, x.t() @ x, act_order=act_order)
+        assert lost == pytest.approx(lost_output(x, weight, packed), rel=1e-3)
         plain = quantizers.mse(weight, format)
         assert packed.format == format
         assert lost_output(x, weight, packed) < 0.8 * lost_output(x, weight, plain), (n, k)
@@ -203,7 +204,7 @@ def test_gptq_is_the_papers_algorithm(name, k, act_order):
     elimination (equation 3 of the paper) instead of by its Cholesky factor. Scales are taken as found."""
     format = parse_format(name)
     weight, x = weights(5, k, seed=2), correlated_inputs(10 * k, k)
-    packed = quantizers.gptq(weight, format, x.t() @ x, act_order=act_order)
+    packed, _ = quantizers.gptq(weight, format, x.t() @ x, act_order=act_order)
     _, scale, zero, _ = arrays(packed)
     scale = reference.spread_groups(scale.astype(np.float64), format, k)
     step = np.where(scale > 0, scale, np.inf)
@@ -227,7 +228,7 @@ def test_gptq_on_inputs_without_correlation_is_the_search():
     weight = weights(9, 96)
     for name in ("int4_g32", "uint4_g32"):
         format = parse_format(name)
-        found, plain = quantizers.gptq(weight, format, torch.eye(96)), quantizers.mse(weight, format)
+        (found, _), plain = quantizers.gptq(weight, format, torch.eye(96)), quantizers.mse(weight, format)
         for key, tensor in plain.tensors().items():
             assert_same_bits(found.tensors()[key], tensor)
 
@@ -239,12 +240,35 @@ def test_gptq_never_fails(kind):
         "one row": x[:1], "zeros": torch.zeros(4, 64), "duplicated": x[:, :1].expand(500, 64),
         "tiny": x * 1e-18, "huge": x * 1e15, "nan": x * float("nan"), "inf": x * float("inf"),
     }[kind]  # fmt: skip
-    packed = quantizers.gptq(weight, format, x.t() @ x)
+    found = quantizers.gptq(weight, format, x.t() @ x)
     if kind in ("nan", "inf"):
-        assert packed is None
+        assert found is None
     else:
+        packed, lost = found
+        assert np.isfinite(lost)
         error = group_errors(weight, packed).sum() / weight.square().sum()
         assert error < 0.05
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptqs_error_is_that_of_the_output_also_where_an_input_is_silent(act_order):
+    format, weight, x = parse_format("int4_g32"), weights(24, 96), correlated_inputs(500, 96) / 300
+    x[:, 40] = 0
+    packed, lost = quantizers.gptq(weight, format, x.t() @ x, act_order=act_order)
+    assert lost == pytest.approx(lost_output(x, weight, packed), rel=1e-3)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_damping_that_is_too_small_grows_from_the_same_moments(act_order):
+    format, weight, x = parse_format("int4_g32"), weights(24, 96), correlated_inputs(40, 96)
+    moments = x.t() @ x
+
+    def codes(damping):
+        return quantizers.gptq(weight, format, moments.clone(), act_order=act_order, damping=damping)[0].qdata
+
+    damped = moments + 1e-9 * moments.diagonal().mean() * torch.eye(96)
+    assert int(torch.linalg.cholesky_ex(damped)[1])
+    assert any(codes(1e-9).equal(codes(1e-9 * 10**step)) for step in range(1, 5))
 
 
 class Branches(nn.Module):
@@ -270,7 +294,7 @@ def test_quantize_calibrates_in_the_order_of_calls_and_each_layer_behind_quantiz
         seen.append((weight, moments.clone()))
         return real(weight, format, moments, **options)
 
-    monkeypatch.setattr("pyengine.passes.quantize.gptq", spy)
+    monkeypatch.setattr("pyengine.passes.calibrated.gptq", spy)
     order = [model.first.weight, model.twice.weight, model.last.weight]
     floats = {name: layer.weight.detach().clone() for name, layer in model.named_children()}
     report = pe.quantize_(model, "w4_g32_asym", calibration_data=data, progress=False)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import memory
+
+T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -62,21 +65,25 @@ def call_order(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, fo
 
 
 class SecondMoments:
-    """H = sum over rows x of a layer's input of x x^T: (K, K) float32, for each of some Linear layers,
-    streamed. A NaN or infinity in an input stays in H.
+    """moments: H = sum over rows x of a layer's input of x x^T, (K, K) float32; magnitudes: sum |x|, (K,)
+    float32; for each of some Linear layers, streamed. A NaN or infinity in an input stays in them.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
         self._layers = layers
         self.moments = {
-            name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+            name: memory.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
             for name, layer in layers.items()
+        }
+        self.magnitudes = {
+            name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()
         }
 
     def _add(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         x = inputs[0] if inputs else keywords["input"]
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         self.moments[name].addmm_(rows.t(), rows)
+        self.magnitudes[name] += torch.linalg.vector_norm(rows, ord=1, dim=0)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -89,15 +96,14 @@ class SecondMoments:
             yield
 
 
-def in_chunks(names: Iterable[str], layers: Mapping[str, nn.Linear], limit: int) -> list[list[str]]:
-    """Neighbours together as long as their second moments take at most `limit` bytes, at least one each."""
-    chunks: list[list[str]] = []
-    size = 0
-    for name in names:
-        own = 4 * layers[name].in_features ** 2
-        if not chunks or size + own > limit:
+def in_chunks(items: Iterable[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
+    """Neighbours together as long as their sizes sum up to at most `limit`, at least one each."""
+    chunks: list[list[T]] = []
+    total = 0
+    for item in items:
+        if not chunks or total + size(item) > limit:
             chunks.append([])
-            size = 0
-        chunks[-1].append(name)
-        size += own
+            total = 0
+        chunks[-1].append(item)
+        total += size(item)
     return chunks

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from .. import nn as packed_nn
 from ..nn.packed_module import PackedModule
-from ..packed import PackedWeight
 from ..progress import track
-from ..quantizers import METHODS, default_method, gptq, output_error, quantize
+from ..quantizers import CALIBRATED, METHODS, default_method
 from ..report import Change, Left, Report
 from ..scheme import Scheme
-from .calibration import (
-    Forward,
-    SecondMoments,
-    call_order,
-    evaluation,
-    feed,
-    in_chunks,
-    require_reiterable,
-)
+from .calibrated import Put, by_awq, by_gptq
+from .calibration import Forward, feed, require_reiterable
 from .select import Pattern, Patterns, Site, as_list, matches, survey, tensor_bytes
 
 Schemes = str | Scheme | Mapping[Pattern, str | Scheme | None]
-
-logger = logging.getLogger("pyengine")
 
 LAYERS: dict[type[nn.Module], Any] = {nn.Linear: packed_nn.Linear, nn.Embedding: packed_nn.Embedding}
 
@@ -55,11 +44,13 @@ def quantize_(
     terminal.
 
     method: how codes are found: "round" to the nearest with the scale of the largest weight, "mse" with the
-    scale of the least squared error, "hqq" with half-quadratic zero points, "gptq" on calibration data (see
-    quantizers); None is "round" for weights of more than 4 bits, else "gptq" for Linear layers if there is
-    calibration data and "mse" if not. calibration_data: batches, anything that can be iterated over several
-    times; forward(model, batch) says how one is fed, by default as the argument, arguments or keywords.
-    act_order: gptq takes the columns with the largest inputs first.
+    scale of the least squared error, "hqq" with half-quadratic zero points, "gptq" and "awq" on calibration
+    data (see quantizers); None is "round" for weights of more than 4 bits, else "gptq" for Linear layers if
+    there is calibration data and "mse" if not. awq moves scales of a layer's input into what makes it, a norm
+    or the other Linear of a gated pair, where nothing else reads it (dataflow.groups says when); the Report
+    says where not, and such layers are quantized without data. calibration_data: batches, anything that can
+    be iterated over several times; forward(model, batch) says how one is fed, by default as the argument,
+    arguments or keywords. act_order: gptq takes the columns with the largest inputs first.
 
     Only exact torch types are replaced; the Report says what was left and why. Either all layers are replaced
     or, on an exception or Ctrl-C, none.
@@ -70,8 +61,8 @@ def quantize_(
     rules = _rules(scheme)
     if method not in (None, *METHODS):
         raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-    if calibration_data is None and method == "gptq":
-        raise ValueError("method 'gptq' needs calibration_data")
+    if calibration_data is None and method in CALIBRATED:
+        raise ValueError(f"method {method!r} needs calibration_data")
     if calibration_data is not None:
         require_reiterable(calibration_data)
     included, excluded = as_list(include), as_list(exclude)
@@ -86,22 +77,31 @@ def quantize_(
             chosen.append((site, picked))
 
     calibrated = {} if calibration_data is None else _calibrated(chosen, method)
-    with _transaction() as swap:
+    with _transaction() as put:
+
+        def swap(site: Site, layer: PackedModule) -> None:
+            for parent, attribute in site.places:
+                put(parent._modules, attribute, layer)
+
         changes = {}
         plain = [(site, wanted) for site, wanted in chosen if site.name not in calibrated]
         for site, wanted in track(plain, "quantize", progress):
-            means = None if method == "gptq" else method
+            means = None if method in CALIBRATED else method
             layer = LAYERS[type(site.module)].from_float(site.module, wanted, method=means, name=site.name)
-            changes[site.name] = _change(site, layer, wanted, method)
+            changes[site.name] = _change(site, layer, wanted, means)
             swap(site, layer)
         if calibrated:
             assert calibration_data is not None
-            found = _by_gptq(model, calibrated, calibration_data, forward or feed, act_order, progress)
-            for site, wanted, layer, note in found:
-                changes[site.name] = replace(_change(site, layer, wanted, "gptq"), note=note)
+            fed = model, calibrated, calibration_data, forward or feed
+            for site, wanted, layer, note in (
+                by_awq(*fed, put=put, progress=progress)
+                if method == "awq"
+                else by_gptq(*fed, act_order=act_order, progress=progress)
+            ):
+                changes[site.name] = replace(_change(site, layer, wanted, method or "gptq"), note=note)
                 swap(site, layer)
     step = {"pass": "quantize", "scheme": _describe(rules)}
-    used = "gptq" if calibrated else method
+    used = (method or "gptq") if calibrated else method
     record(model, step if used is None else {**step, "method": used})
     aliases = {alias: site.name for site, _ in chosen for alias in site.aliases}
     ordered = tuple(changes[site.name] for site, _ in chosen)
@@ -114,61 +114,8 @@ def _calibrated(chosen: list[tuple[Site, Scheme]], method: str | None) -> dict[s
         site.name: (site, scheme)
         for site, scheme in chosen
         if type(site.module) is nn.Linear
-        and (method == "gptq" or (method is None and default_method(scheme) != "round"))
+        and (method in CALIBRATED or (method is None and default_method(scheme) != "round"))
     }
-
-
-def _by_gptq(
-    model: nn.Module,
-    sites: dict[str, tuple[Site, Scheme]],
-    data: Iterable[Any],
-    forward: Forward,
-    act_order: bool,
-    progress: bool | None,
-) -> Iterator[tuple[Site, Scheme, PackedModule, str]]:
-    """(site, scheme, new layer, note) of each site, in the order in which the model calls them, some at a
-    time: each sees inputs that come through the layers already quantized. A layer has to be hung in before
-    the next is asked for.
-    """
-    batches = sum(1 for _ in data)
-    if not batches:
-        raise ValueError("calibration_data is empty")
-    layers = {name: cast(nn.Linear, site.module) for name, (site, _) in sites.items()}
-    called = call_order(model, layers, next(iter(data)), forward)
-    # An eighth of the model for the moments: with the packed layers the peak stays near one and a half.
-    chunks = in_chunks(called, layers, tensor_bytes(*model.parameters()) // 8)
-    steps = track(range(len(chunks) * batches + len(layers)), "gptq", progress)
-    for chunk in chunks:
-        seen = SecondMoments({name: layers[name] for name in chunk})
-        with seen.watching(), evaluation(model):
-            for batch in data:
-                forward(model, batch)
-                next(steps, None)
-        for name in chunk:
-            site, scheme = sites[name]
-            weight, note = _gptq_weight(layers[name], name, scheme, seen.moments.pop(name), act_order)
-            yield site, scheme, packed_nn.Linear.from_packed(layers[name], weight, scheme, name=name), note
-            next(steps, None)
-    for name in (name for name in layers if name not in called):
-        site, scheme = sites[name]
-        logger.warning("linear %r: calibration never calls it, its codes are found without data", name)
-        layer = packed_nn.Linear.from_float(layers[name], scheme, name=name)
-        yield site, scheme, layer, "not called in calibration: without data"
-        next(steps, None)
-    next(steps, None)  # past the last: the bar goes away
-
-
-def _gptq_weight(
-    linear: nn.Linear, name: str, scheme: Scheme, moments: Tensor, act_order: bool
-) -> tuple[PackedWeight, str]:
-    """The weight, and what it does to the layer's output."""
-    plain = quantize(linear.weight, scheme)
-    packed = gptq(linear.weight, scheme.format, moments, act_order=act_order)
-    if packed is None:
-        logger.warning("linear %r: no gptq on its inputs, its codes are found without data", name)
-        return plain, "gptq impossible: without data"
-    before, after = (output_error(linear.weight, weight, moments) for weight in (plain, packed))
-    return packed, f"gptq: output error {after:.1%}, without data {before:.1%}"
 
 
 def _rules(scheme: Schemes) -> dict[Pattern, Scheme | None]:
@@ -246,20 +193,19 @@ def _pair_cost(site: Site, layer: PackedModule) -> str:
 
 
 @contextmanager
-def _transaction() -> Iterator[Callable[[Site, PackedModule], None]]:
-    """swap(site, layer) hangs a new layer in all its places; an exception hangs all the old ones back."""
-    done: list[tuple[nn.Module, str, nn.Module]] = []
+def _transaction() -> Iterator[Put]:
+    """put(mapping, key, value) is mapping[key] = value; an exception puts all the old values back."""
+    done: list[tuple[MutableMapping[str, Any], str, Any]] = []
 
-    def swap(site: Site, layer: PackedModule) -> None:
-        for parent, attribute in site.places:
-            done.append((parent, attribute, site.module))
-            parent._modules[attribute] = layer
+    def put(mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
+        done.append((mapping, key, mapping[key]))
+        mapping[key] = value
 
     try:
-        yield swap
+        yield put
     except BaseException:
-        for parent, attribute, module in done:
-            parent._modules[attribute] = module
+        for mapping, key, value in reversed(done):
+            mapping[key] = value
         raise
 
 

@@ -28,6 +28,10 @@ _HOOKS = (
 )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def as_list(patterns: Patterns | None) -> list[Pattern]:
     if patterns is None:
         return []
@@ -67,7 +71,7 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Left]]:
     modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(id(module), (module, []))[1].append(name)
-    owners = _owners(module for module, _ in modules.values())
+    owned = owners(module for module, _ in modules.values())
     parents: dict[int, list[nn.Module]] = {}
     for module, _ in modules.values():
         for child in module.children():
@@ -81,7 +85,7 @@ def survey(model: nn.Module) -> tuple[list[Site], list[Left]]:
             continue
         if any(p.is_meta for p in module.parameters(recurse=False)):
             raise ValueError(f"layer {names[0]!r} is on the meta device: it has no weight to quantize")
-        reason = _reason(module, names[0], parents.get(id(module), []), owners)
+        reason = _reason(module, names[0], parents.get(id(module), []), owned)
         if reason:
             left.append(Left(names[0], type(module).__name__, reason))
             continue
@@ -97,22 +101,24 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(p) or p.dim() >= 2 for p in parameters)
 
 
-def _address(parameter: Tensor) -> int:
+def address(parameter: Tensor) -> int:
+    """The same for parameters that share memory."""
     lazy = nn.parameter.is_lazy(parameter)
     return id(parameter) if lazy or parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
-def _owners(modules: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
-    owners: dict[int, list[nn.Module]] = {}
+def owners(modules: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
+    """address -> the modules that have the parameter there as their own."""
+    owned: dict[int, list[nn.Module]] = {}
     for module in modules:
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(_address(parameter), []).append(module)
-    return owners
+                owned.setdefault(address(parameter), []).append(module)
+    return owned
 
 
 def _reason(
-    module: nn.Module, name: str, parents: list[nn.Module], owners: dict[int, list[nn.Module]]
+    module: nn.Module, name: str, parents: list[nn.Module], owned: dict[int, list[nn.Module]]
 ) -> str | None:
     """Why the module must stay float; None if it can be replaced."""
     kind = type(module)
@@ -127,7 +133,7 @@ def _reason(
         )
     if not name:
         return "it is the whole model: use pe.nn.Linear.from_float or pe.nn.Embedding.from_float"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         return "has hooks, which would be lost"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance"
@@ -139,7 +145,7 @@ def _reason(
     assert isinstance(weight, Tensor)
     if weight.dtype not in FLOAT_DTYPES:
         return f"weight is {weight.dtype}"
-    others = [other for other in owners[_address(weight)] if other is not module]
+    others = [other for other in owned[address(weight)] if other is not module]
     if others:
         return f"weight is tied with {type(others[0]).__name__}"
     for fused in (nn.TransformerEncoderLayer, nn.MultiheadAttention):

@@ -1,0 +1,474 @@
+"""AWQ: the scales it chooses, where it may put them, and that nothing else of a model changes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from helpers import assert_same_bits
+from models import assert_unchanged, identities
+from torch import nn
+
+import pyengine as pe
+from pyengine import quantizers
+from pyengine.passes.calibration import feed
+from pyengine.passes.dataflow import divided, groups
+from pyengine.scheme import Scheme
+
+WIDTH = 64
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
+class OnePlusNorm(RMSNorm):
+    def forward(self, x):
+        return (1 + self.weight) * F.rms_norm(x, x.shape[-1:])
+
+
+class Block(nn.Module):
+    """Of a transformer: norm before, gated feed-forward."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm1, self.norm2 = norm(WIDTH), norm(WIDTH)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(WIDTH, 96), nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        q, k, v = (layer(y).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Decoder(nn.Module):
+    def __init__(self, norm=nn.LayerNorm):
+        super().__init__()
+        self.embed, self.block = nn.Embedding(50, WIDTH), Block(norm)
+        self.norm, self.head = norm(WIDTH), nn.Linear(WIDTH, 50)
+
+    def forward(self, ids):
+        return self.head(self.norm(self.block(self.embed(ids)))[:, -4:])
+
+
+GROUPS = {("q", "k", "v"): "norm1", ("o",): None, ("gate", "up"): "norm2", ("down",): "up"}
+
+
+def decoder(norm=nn.LayerNorm):
+    """Two channels of each norm, and three of the gated product, are loud, as some are in language models."""
+    torch.manual_seed(0)
+    model = Decoder(norm).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, norm):
+                module.weight += 0.1 * torch.randn(WIDTH)
+                module.weight[5::32] += 30
+        model.block.up.weight[7::32] *= 10
+    return model
+
+
+def batches(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 50, (4, 12), generator=generator) for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch, request):
+    """A grid of four steps, where the scales themselves are not what a test is about."""
+    if "grid" not in request.node.name:
+        monkeypatch.setattr(quantizers, "AWQ_GRID", 4)
+
+
+def linears(model):
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+
+
+def reasons(model, batch, forward=feed, without=()):
+    """name -> why the layer is not scaled, None if it is."""
+    layers = {name: layer for name, layer in linears(model).items() if name not in without}
+    found = groups(model, layers, batch, forward)
+    return {
+        name: group.reason if group.producer is None else None for group in found for name in group.layers
+    }
+
+
+# ---- the scales --------------------------------------------------------------------------------------------
+
+
+def test_the_scale_is_the_best_of_the_papers_grid():
+    """Tried out on the inputs themselves, in float64."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 48)) * np.where(np.arange(48) % 16 == 3, 25, rng.uniform(0.5, 2, 48))
+    weights = [torch.from_numpy(rng.normal(size=(n, 48))).float() for n in (10, 24)]
+    schemes = [Scheme.parse("w4_g32_asym"), Scheme.parse("w3_g16")]
+    mean, least = np.abs(x).mean(0), np.inf
+    for step in range(21):
+        scales = mean ** (step / 20)
+        scales = scales / np.sqrt(scales.max() * scales.min())
+        error = 0.0
+        for weight, scheme in zip(weights, schemes, strict=True):
+            s = torch.from_numpy(scales).float()
+            found = quantizers.mse(weight * s, scheme.format).dequantize() / s
+            error += np.square(x @ (weight - found).double().numpy().T).sum()
+        if step == 0:
+            plain = error
+        if error < least:
+            least, best, wanted = error, step, scales
+    assert 0 < best < 20
+    assert least < 0.5 * plain
+    rows = torch.from_numpy(x).float()
+    scales, packed = quantizers.awq(weights, schemes, rows.t() @ rows, rows.abs().sum(0))
+    torch.testing.assert_close(scales.double(), torch.from_numpy(wanted), rtol=1e-5, atol=0)
+    for weight, scheme, found in zip(weights, schemes, packed, strict=True):
+        assert_same_bits(found.qdata, quantizers.mse(weight * scales, scheme.format).qdata)
+
+
+def test_silent_channels_and_silence_have_finite_scales():
+    weight = torch.randn(8, 32)
+    for x in (torch.zeros(5, 32), torch.randn(5, 32) * (torch.arange(32) % 2)):
+        scales, (packed,) = quantizers.awq([weight], [Scheme.parse("w4")], x.t() @ x, x.abs().sum(0))
+        assert torch.isfinite(scales).all()
+        assert (scales > 0).all()
+        assert torch.isfinite(packed.dequantize()).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_there_is_no_scale_for_inputs_that_are_not_finite(bad):
+    moments, sums = torch.eye(32), torch.ones(32)
+    for statistics in ((moments * bad, sums), (moments, sums * bad)):
+        assert quantizers.awq([torch.randn(8, 32)], [Scheme.parse("w4")], *statistics) is None
+
+
+# ---- where they go -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, RMSNorm])
+def test_groups_are_the_layers_that_read_one_norm_or_one_gated_product(norm):
+    model = decoder(norm)
+    found = groups(model, linears(model), batches()[0], feed)
+    wanted = {
+        tuple(f"block.{name}" for name in names): producer and model.get_submodule(f"block.{producer}")
+        for names, producer in GROUPS.items()
+    }
+    assert {group.layers: group.producer for group in found} == {**wanted, ("head",): model.norm}
+    assert [group.layers[0] for group in found] == ["block.q", "block.o", "block.gate", "block.down", "head"]
+
+
+def llama():
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def t5():
+    config = hf.T5Config(
+        vocab_size=50, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu"
+    )
+    return hf.T5ForConditionalGeneration(config).eval()
+
+
+# Model, how a batch is fed, layers that can be scaled, and those that cannot.
+ZOO = {
+    "layer norm": (decoder, feed, 7, 1),
+    "torch's rms": (lambda: decoder(nn.RMSNorm), feed, 7, 1),
+    "own rms": (lambda: decoder(RMSNorm), feed, 7, 1),
+    "llama": (llama, lambda model, ids: model(input_ids=ids).logits, 13, 2),
+    # The encoder's result goes to the cross-attention, and out of the model.
+    "t5": (t5, lambda model, ids: model(input_ids=ids, decoder_input_ids=ids).logits, 13, 5),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_moving_scales_into_producers_leaves_the_function_as_it_is(name):
+    make, forward, scaled, left = ZOO[name]
+    model, ids = make(), batches()[0]
+    layers = linears(model)
+    if name == "t5":  # its head is tied with the table
+        del layers["lm_head"]
+    with torch.no_grad():
+        expected = forward(model, ids)
+    count, generator = [0, 0], torch.Generator().manual_seed(2)
+    for group in groups(model, layers, ids, forward):
+        count[group.producer is None] += len(group.layers)
+        if group.producer is not None:
+            scales = torch.rand(layers[group.layers[0]].in_features, generator=generator) * 10 + 0.1
+            group.producer._parameters.update(divided(group.producer, scales))
+            for layer in (layers[name] for name in group.layers):
+                layer.weight.data *= scales
+    assert count == [scaled, left]
+    with torch.no_grad():
+        y = forward(model, ids)
+    assert not y.equal(expected)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def with_forward(forward, norm=nn.LayerNorm, **children):
+    """A module with norm, a and b (Linear), and what else is given."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.a, self.b = norm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            for name, child in children.items():
+                setattr(self, name, child)
+
+        def forward(self, x):
+            return forward(self, x)
+
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def keep(net, x):
+    net.cache = net.norm(x)
+    return net.a(net.cache)
+
+
+def written_to(net, x):
+    y = net.norm(x)
+    z = net.a(y)
+    y += 1
+    return z
+
+
+def two_norms(net, x):
+    return net.a(net.norm(x)) + net.a(net.other(x))
+
+
+# Forward of a net, why its layer `a` is not scaled (None: it is), and what the net has besides.
+CASES = {
+    "alone": (lambda net, x: net.a(net.norm(x)), None),
+    "two layers": (lambda net, x: net.a(net.norm(x)) + net.b(net.norm(x)), None),
+    "dropout": (lambda net, x: net.a(F.dropout(net.norm(x), 0.5, net.training)), None),
+    "view": (lambda net, x: net.a(net.norm(x).view(-1, WIDTH)), None),
+    "linear behind linear": (lambda net, x: net.a(net.b(x)), None),
+    "gated twice": (lambda net, x: net.a(net.b(x) * x.sigmoid() * x), None),
+    "layer scale": (lambda net, x: net.a(net.norm(x) * 0.5), None),
+    "residual": (lambda net, x: net.norm(x) + net.a(net.norm(x)), "its input also goes to add"),
+    "returned": (lambda net, x: (net.a(y := net.norm(x)), {"y": y}), "its input is also returned or kept"),
+    "kept": (keep, "its input is also returned or kept"),
+    "written to": (written_to, "its input also goes to add_"),
+    "function": (
+        lambda net, x: net.a(y := net.norm(x)) + torch.cumsum(y, 0),
+        "its input also goes to cumsum",
+    ),
+    "nonlinear": (lambda net, x: net.a(F.gelu(net.norm(x))), "its input comes from gelu"),
+    "other shape": (lambda net, x: net.a(net.norm(x).transpose(0, 1)), "its input comes from transpose"),
+    "squared": (lambda net, x: net.a((y := net.b(x)) * y), "its input comes from mul"),
+    "the model's own input": (lambda net, x: net.a(x), "its input comes from outside"),
+    "two norms": (two_norms, "its input comes from several places", {"other": nn.LayerNorm(WIDTH)}),
+    "packed": (
+        lambda net, x: net.a(y := net.norm(x)) + net.ours(y),
+        "its input also goes to Linear 'ours'",
+        {"ours": pe.nn.Linear.from_float(nn.Linear(WIDTH, WIDTH), "w8a8")},
+    ),
+    "weight read elsewhere": (
+        lambda net, x: net.a(net.norm(x)) + net.a.weight.sum(),
+        "the weight of 'a' also goes to sum",
+    ),
+    "producer's weight read elsewhere": (
+        lambda net, x: net.a(net.norm(x)) + net.norm.weight.sum(),
+        "its input comes from a module whose weight also goes to sum",
+    ),
+    "no parameters": (
+        lambda net, x: net.a(net.plain(x)),
+        "its input comes from native_layer_norm",
+        {"plain": nn.LayerNorm(WIDTH, elementwise_affine=False)},
+    ),
+    "one plus": (
+        lambda net, x: net.a(net.other(x)),
+        "its input comes from OnePlusNorm 'other', which passes no scales on",
+        {"other": OnePlusNorm(WIDTH)},
+    ),
+    "activation": (
+        lambda net, x: net.a(net.other(x)),
+        "its input comes from PReLU 'other', which passes no scales on",
+        {"other": nn.PReLU(WIDTH)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_is_scaled_only_where_nobody_else_sees_its_input(case):
+    forward, reason, children = (*CASES[case], {})[:3]
+    net = with_forward(forward, **children)
+    assert reasons(net, torch.randn(3, WIDTH, WIDTH))["a"] == reason
+
+
+def test_a_float_layer_that_reads_the_same_input_is_in_the_way():
+    net = with_forward(lambda net, x: net.a(y := net.norm(x)) + net.b(y))
+    x = torch.randn(3, WIDTH)
+    assert reasons(net, x) == {"a": None, "b": None}
+    assert reasons(net, x, without="b") == {"a": "its input also goes to Linear 'b'"}
+
+
+def test_a_norm_that_is_tied_or_hooked_is_left_alone():
+    net = with_forward(lambda net, x: net.a(net.norm(x)), other=nn.LayerNorm(WIDTH))
+    net.other.weight = net.norm.weight
+    assert reasons(net, torch.randn(3, WIDTH)) == {"a": "its input comes from native_layer_norm"}
+    net = with_forward(lambda net, x: net.a(net.norm(x)))
+    net.norm.register_forward_hook(lambda *_: None)
+    assert reasons(net, torch.randn(3, WIDTH)) == {"a": "its input comes from native_layer_norm"}
+
+
+def test_models_that_hand_out_their_norms_keep_them():
+    config = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    bert = hf.BertModel(hf.BertConfig(**config, num_attention_heads=4)).eval()
+    found = reasons(bert, {"input_ids": batches()[0]})
+    assert found["encoder.layer.0.attention.self.query"] == "its input also goes to add"
+    assert found["encoder.layer.0.output.dense"] == "its input comes from gelu"
+    assert None not in found.values()
+    gemma = hf.GemmaForCausalLM(
+        hf.GemmaConfig(**config, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
+    )
+    found = reasons(gemma.eval(), {"input_ids": batches()[0]}, without="lm_head")
+    name = "model.layers.0.mlp.gate_proj"
+    assert found[name].endswith("'model.layers.0.post_attention_layernorm', which passes no scales on")
+    assert found["model.layers.0.mlp.down_proj"] is None
+
+
+# ---- the pass ----------------------------------------------------------------------------------------------
+
+
+def test_awq_loses_less_output_than_no_data_and_says_so():
+    model, data = decoder(), batches()
+    test = torch.randint(0, 50, (16, 12), generator=torch.Generator().manual_seed(9))
+    expected, errors = model(test), {}
+    for method in ("mse", "awq"):
+        options = {"calibration_data": data} if method == "awq" else {}
+        packed, report = pe.compress(model, {"embed": None, "*": "w4_g32_asym"}, method=method, **options)
+        errors[method] = ((packed(test) - expected).norm() / expected.norm()).item()
+    print(errors)
+    assert errors["awq"] < 0.85 * errors["mse"]
+    notes = {change.name: change.note for change in report.changes}
+    assert notes.pop("block.o") == "awq: not scaled, its input comes from view"
+    for name, note in notes.items():
+        after, before = (float(word.rstrip("%,")) for word in note.split() if "%" in word)
+        assert note == f"awq: output error {after}%, without data {before}%"
+        assert after < (0.8 if name != "block.down" else 1) * before, (name, note)
+    assert packed.pyengine_recipe == [
+        {"pass": "quantize", "scheme": "embed: float, *: w4_g32_asym", "method": "awq"}
+    ]
+
+
+def test_the_layers_of_a_packed_model_read_scaled_inputs(tmp_path):
+    """With 8 bits next to nothing is lost, so that scales that do not cancel would be seen; and a file holds
+    it all."""
+    model, ids = decoder(), batches()[0]
+    packed, report = pe.compress(model, {"embed": None, "*": "w8"}, method="awq", calibration_data=batches())
+    assert sum("output error" in change.note for change in report.changes) == 7
+    old, new = model.block, packed.block
+    for ratio in (
+        new.norm1.weight / old.norm1.weight,
+        new.norm2.weight / old.norm2.weight,
+        new.up.bias / old.up.bias,
+    ):
+        assert ratio.max() > 1.2 * ratio.min()
+    step = old.q.weight.abs().max() / 127
+    assert (new.q.weight * (new.norm1.weight / old.norm1.weight) - old.q.weight).abs().max() < 4 * step
+    assert (packed(ids) - model(ids)).norm() < 0.01 * model(ids).norm()
+    pe.save(packed, tmp_path / "m.safetensors")
+    assert_same_bits(pe.load(tmp_path / "m.safetensors", Decoder)(ids), packed(ids))
+
+
+def test_the_model_itself_and_what_awq_does_not_touch_stay_as_they_are():
+    model = decoder()
+    before = identities(model)
+    pe.compress(model, "w4_g32", method="awq", calibration_data=batches())
+    assert_unchanged(model, before)
+    packed = copy.deepcopy(model)
+    pe.quantize_(packed, "w4_g32_asym", exclude="block.*", method="awq", calibration_data=batches())
+    for name in ("block.norm1", "block.norm2", "block.up"):
+        assert_same_bits(packed.get_submodule(name).weight, model.get_submodule(name).weight)
+    assert not packed.norm.weight.equal(model.norm.weight)
+    assert packed.norm.weight.requires_grad
+
+
+def test_layers_that_cannot_be_calibrated_fall_back_with_a_warning_that_names_them(caplog):
+    model = decoder()
+    model.spare = nn.Linear(WIDTH, WIDTH)
+    with torch.no_grad():
+        model.block.norm2.bias[3] = float("inf")
+    before = {name: p.clone() for name, p in model.named_parameters() if "norm" in name}
+    report = pe.quantize_(model, "w4_g32", method="awq", calibration_data=batches())
+    notes = {change.name: change.note for change in report.changes}
+    for name in ("block.gate", "block.up", "block.down", "head"):
+        assert notes[name] == "awq impossible: without data"
+        assert f"linear '{name}': no awq on its inputs, its codes are found without data" in caplog.text
+    assert notes["block.q"].startswith("awq: output error")
+    assert notes["spare"] == "not called in calibration: without data"
+    assert "linear 'spare': calibration never calls it" in caplog.text
+    for name in ("block.norm2.weight", "block.norm2.bias", "norm.weight"):
+        assert_same_bits(model.get_parameter(name), before[name])
+
+
+def hooks(model):
+    return [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("stage", ["watching", "calibration", "codes", "hanging"])
+def test_an_interruption_leaves_the_model_as_it_was_to_the_bit(stage, error, monkeypatch):
+    model, calls, data = decoder(), 0, batches()
+    before, hooked = identities(model), hooks(model)
+
+    def stop_at(limit, function):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise error("stop")
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    forward = feed
+    if stage in ("watching", "calibration"):
+        forward = stop_at(0 if stage == "watching" else 2, feed)
+    elif stage == "codes":
+        monkeypatch.setattr("pyengine.passes.calibrated.awq", stop_at(2, quantizers.awq))
+    else:
+        monkeypatch.setattr(pe.nn.Linear, "from_packed", stop_at(4, pe.nn.Linear.from_packed))
+    with pytest.raises(error, match="stop"):
+        pe.quantize_(model, "w4_g32", method="awq", calibration_data=data, forward=forward)
+    assert_unchanged(model, before)
+    assert hooks(model) == hooked
+
+
+def test_an_exception_inside_of_the_watched_model_leaves_no_hooks():
+    def forward(net, x):
+        net.a(net.norm(x))
+        raise RuntimeError("stop")
+
+    net = with_forward(forward)
+    before, hooked = identities(net), hooks(net)
+    with pytest.raises(RuntimeError, match="stop"):
+        pe.quantize_(net, "w4_g32", method="awq", calibration_data=[torch.randn(3, WIDTH)])
+    assert_unchanged(net, before)
+    assert hooks(net) == hooked
+
+
+def test_awq_needs_calibration_data():
+    with pytest.raises(ValueError, match="method 'awq' needs calibration_data"):
+        pe.quantize_(decoder(), "w4_g32", method="awq")
+    with pytest.raises(ValueError, match="awq needs calibration data"):
+        quantizers.quantize(torch.zeros(4, 4), Scheme(), "awq")
+    model = decoder()
+    with torch.no_grad():
+        model.block.v.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"linear 'block\.v': weight has values that are not finite"):
+        pe.quantize_(model, "w4_g32", method="awq", calibration_data=batches())
