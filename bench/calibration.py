@@ -5,7 +5,8 @@
 prints one JSON object, and writes it to FILE. Needs the [demo] extra: the model is MiniLM-L6, quantized to
 w4_g32_asym with int8 tables on one thread. It calibrates on documentation and is measured on other sentences
 of the same kind. Peak memory is the resident set's growth during the call, over the bytes of the float model,
-plus one: 1.5 means that half a model was needed on top of it. It is Linux's own count.
+which is all in memory before, plus one: 1.5 means that half a model was needed on top of it. It is Linux's
+own count.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def main() -> None:
     batches = [dict(model.tokenize(rest[at : at + BATCH])) for at in range(0, len(rest), BATCH)]
     (expected,) = embed([Variant("fp32", model)], tested, False)
     size = runtime_bytes(model)
+    for parameter in model.parameters():
+        parameter.sum()  # rows of tables that no sentence has read may not be in memory yet
     Path("/proc/self/clear_refs").write_text("5")
     before, start = _memory("VmRSS"), time.perf_counter()
     pe.quantize_(model, SCHEME, calibration_data=batches, forward=_forward, progress=False)
