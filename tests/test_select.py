@@ -199,6 +199,7 @@ def test_transformer_decoder_layers_are_packed_and_close_to_float():
 @pytest.mark.parametrize(
     ("include", "exclude", "expected"),
     [
+        ([], None, []),
         ("blocks.*", None, ALL[1:]),
         ("*.up", None, ["blocks.0.up", "blocks.1.up"]),
         (["emb", "blocks.?.down"], None, ["emb", "blocks.0.down", "blocks.1.down"]),

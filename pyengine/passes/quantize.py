@@ -40,7 +40,8 @@ def quantize_(
 
     scheme: a string such as "w8a8", a Scheme, or a dict from name patterns to those or None (float), of which
     the first that matches a layer holds. include, exclude: name patterns (glob, "re:...", or a predicate
-    (module, name)); by default every layer is included. progress: True, False, or None for a bar on a
+    (module, name)); by default every layer is included, by an empty
+    list none. progress: True, False, or None for a bar on a
     terminal.
 
     method: how codes are found: "round" to the nearest with the scale of the largest weight, "mse" with the
@@ -65,9 +66,10 @@ def quantize_(
         raise ValueError(f"method {method!r} needs calibration_data")
     if calibration_data is not None:
         require_reiterable(calibration_data)
-    included, excluded = as_list(include), as_list(exclude)
+    included, excluded = as_list("*" if include is None else include), as_list(exclude)
     sites, left = survey(model)
-    _check_patterns([*included, *excluded, *(p for p in rules if p != "*")], sites, left, model)
+    given = [pattern for pattern in (*included, *excluded, *rules) if pattern != "*"]
+    _check_patterns(given, sites, left, model)
     chosen: list[tuple[Site, Scheme]] = []
     for site in sites:
         picked, reason = _pick(site, rules, included, excluded)
@@ -149,7 +151,7 @@ def _pick(
 
     if any(any_name(pattern) for pattern in excluded):
         return None, "excluded"
-    if included and not any(any_name(pattern) for pattern in included):
+    if not any(any_name(pattern) for pattern in included):
         return None, "not included"
     for pattern, scheme in rules.items():
         if any_name(pattern):
