@@ -106,6 +106,7 @@ def _compress(arguments: argparse.Namespace) -> int:
         exclude=arguments.exclude,
         method=arguments.method,
         calibration_data=calibration,
+        checkpoint=arguments.checkpoint,
     )
     save(compressed, target)
     print(report)
@@ -274,6 +275,9 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration",
         metavar="MODULE:ITERABLE",
         help="batches for gptq and awq",
+    )
+    compress.add_argument(
+        "--checkpoint", metavar="DIR", help="where finished layers are kept, to go on after an interruption"
     )
     compress.add_argument("--force", action="store_true", help="replace FILE if it exists")
     compress.set_defaults(run=_compress)

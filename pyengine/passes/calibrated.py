@@ -15,6 +15,7 @@ from ..progress import track
 from ..quantizers import awq, gptq, output_power, quantize
 from ..scheme import Scheme
 from .calibration import Forward, SecondMoments, call_order, evaluation, in_chunks
+from .checkpoint import Asked, Checkpoint, Finished
 from .dataflow import Group, divided, groups
 from .select import Site, tensor_bytes
 
@@ -30,13 +31,14 @@ def by_gptq(
     sites: Sites,
     data: Iterable[Any],
     forward: Forward,
+    checkpoint: Checkpoint,
     *,
     act_order: bool,
     progress: bool | None,
 ) -> Iterator[Found]:
     """(site, scheme, new layer, note) of each site, in the order in which the model calls them, some at a
     time: each sees inputs that come through the layers already quantized. A layer has to be hung in before
-    the next is asked for.
+    the next is asked for. Layers that the checkpoint has need no inputs.
     """
     layers = _layers(sites)
     called = call_order(model, layers, _first(data), forward)
@@ -44,12 +46,17 @@ def by_gptq(
     batches = sum(1 for _ in data)
     steps = track(range(len(chunks) * batches + len(layers)), "gptq", progress)
     for chunk in chunks:
-        seen = _watch(model, {name: layers[name] for name in chunk}, data, forward, steps)
+        missing = {name: layers[name] for name in chunk if not checkpoint.has(name)}
+        seen = _watch(model, missing, data, forward, steps, batches)
         for name in chunk:
-            site, scheme = sites[name]
-            weight, note = _gptq_weight(layers[name], name, scheme, seen.moments.pop(name), act_order)
-            yield site, scheme, packed_nn.Linear.from_packed(layers[name], weight, scheme, name=name), note
-            next(steps, None)
+            asked = _asked([name], sites)
+            if name not in missing:
+                finished = checkpoint.load(asked)
+            else:
+                scheme, moments = sites[name][1], seen.moments.pop(name)
+                finished = Finished({name: _gptq_weight(layers[name], name, scheme, moments, act_order)})
+                checkpoint.keep(asked, finished)
+            yield from _built(finished, sites, steps)
     yield from _uncalled(sites, called, steps)
 
 
@@ -58,6 +65,7 @@ def by_awq(
     sites: Sites,
     data: Iterable[Any],
     forward: Forward,
+    checkpoint: Checkpoint,
     *,
     put: Put,
     progress: bool | None,
@@ -76,16 +84,36 @@ def by_awq(
     batches = sum(1 for _ in data)
     steps = track(range(sum(map(bool, watched)) * batches + len(layers)), "awq", progress)
     for chunk, leaders in zip(chunks, watched, strict=True):
-        seen = _watch(model, leaders, data, forward, steps) if leaders else SecondMoments({})
+        there = {group.layers[0] for group in chunk if checkpoint.has(group.layers[0])}
+        missing = {name: layer for name, layer in leaders.items() if name not in there}
+        seen = _watch(model, missing, data, forward, steps, batches if leaders else 0)
         for group in chunk:
-            leader = group.layers[0]
-            statistics = (seen.moments.pop(leader), seen.magnitudes.pop(leader)) if group.producer else None
-            for name, weight, note in _awq_weights(group, layers, sites, statistics, put):
-                site, scheme = sites[name]
-                layer = packed_nn.Linear.from_packed(layers[name], weight, scheme, name=name)
-                yield site, scheme, layer, note
-                next(steps, None)
+            leader, asked = group.layers[0], _asked(group.layers, sites)
+            if leader in there:
+                finished = checkpoint.load(asked)
+            else:
+                statistics = None
+                if group.producer:
+                    statistics = seen.moments.pop(leader), seen.magnitudes.pop(leader)
+                finished = _awq_weights(group, asked, statistics)
+                checkpoint.keep(asked, finished)
+            if finished.scales is not None and group.producer is not None:
+                for key, parameter in divided(group.producer, finished.scales).items():
+                    put(group.producer._parameters, key, parameter)
+            yield from _built(finished, sites, steps)
     yield from _uncalled(sites, [name for group in found for name in group.layers], steps)
+
+
+def _asked(names: Iterable[str], sites: Sites) -> dict[str, tuple[Scheme, Tensor]]:
+    return {name: (sites[name][1], cast(nn.Linear, sites[name][0].module).weight) for name in names}
+
+
+def _built(finished: Finished, sites: Sites, steps: Iterator[int]) -> Iterator[Found]:
+    for name, (weight, note) in finished.layers.items():
+        site, scheme = sites[name]
+        linear = cast(nn.Linear, site.module)
+        yield site, scheme, packed_nn.Linear.from_packed(linear, weight, scheme, name=name), note
+        next(steps, None)
 
 
 def _first(data: Iterable[Any]) -> Any:
@@ -114,8 +142,14 @@ def _watch(
     data: Iterable[Any],
     forward: Forward,
     steps: Iterator[int],
+    batches: int,
 ) -> SecondMoments:
+    """Of what the layers read, if there are any; either way it counts as so many steps."""
     seen = SecondMoments(layers)
+    if not layers:
+        for _ in range(batches):
+            next(steps, None)
+        return seen
     with seen.watching(), evaluation(model):
         for batch in data:
             forward(model, batch)
@@ -166,31 +200,21 @@ def _gptq_weight(
     return packed, _note("gptq", after, before, whole)
 
 
-def _awq_weights(
-    group: Group,
-    layers: Mapping[str, nn.Linear],
-    sites: Sites,
-    statistics: tuple[Tensor, Tensor] | None,
-    put: Put,
-) -> Iterator[tuple[str, PackedWeight, str]]:
-    """(name, weight, note) of the layers of a group, whose producer has got its new parameters before."""
-    weights = {name: layers[name].weight for name in group.layers}
-    schemes = {name: sites[name][1] for name in group.layers}
-    plain = {name: _plain(weights[name], schemes[name], name) for name in group.layers}
-    if statistics is None or group.producer is None:
-        yield from ((name, packed, f"awq: not scaled, {group.reason}") for name, packed in plain.items())
-        return
+def _awq_weights(group: Group, asked: Asked, statistics: tuple[Tensor, Tensor] | None) -> Finished:
+    plain = {name: _plain(weight, scheme, name) for name, (scheme, weight) in asked.items()}
+    if statistics is None:
+        return Finished({n: (packed, f"awq: not scaled, {group.reason}") for n, packed in plain.items()})
     moments, magnitudes = statistics
-    found = awq(list(weights.values()), list(schemes.values()), moments, magnitudes)
+    schemes, weights = zip(*asked.values(), strict=True)
+    found = awq(weights, schemes, moments, magnitudes)
     if found is None:
-        for name, packed in plain.items():
+        for name in plain:
             logger.warning("linear %r: no awq on its inputs, its codes are found without data", name)
-            yield name, packed, "awq impossible: without data"
-        return
+        return Finished({name: (packed, "awq impossible: without data") for name, packed in plain.items()})
     scales, packed_weights = found
-    for key, parameter in divided(group.producer, scales).items():
-        put(group.producer._parameters, key, parameter)
-    for (name, weight), packed in zip(weights.items(), packed_weights, strict=True):
+    finished = {}
+    for (name, (_, weight)), packed in zip(asked.items(), packed_weights, strict=True):
         whole, after = _powers(weight, packed.dequantize() / scales, moments)
         _, before = _powers(weight, plain[name].dequantize(), moments)
-        yield name, packed, _note("awq", after, before, whole)
+        finished[name] = packed, _note("awq", after, before, whole)
+    return Finished(finished, scales)

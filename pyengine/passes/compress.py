@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ def compress(
     calibration_data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     act_order: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> tuple[Model, Report]:
     """A compressed copy of the model, and what was done. The model itself stays as it is; see quantize_."""
@@ -39,6 +41,7 @@ def compress(
         calibration_data=calibration_data,
         forward=forward,
         act_order=act_order,
+        checkpoint=checkpoint,
         progress=progress,
     )
     return compressed, report

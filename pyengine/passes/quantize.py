@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ..report import Change, Left, Report
 from ..scheme import Scheme
 from .calibrated import Put, by_awq, by_gptq
 from .calibration import Forward, feed, require_reiterable
+from .checkpoint import Checkpoint, fingerprint
 from .select import Pattern, Patterns, Site, as_list, matches, survey, tensor_bytes
 
 Schemes = str | Scheme | Mapping[Pattern, str | Scheme | None]
@@ -34,6 +36,7 @@ def quantize_(
     calibration_data: Iterable[Any] | None = None,
     forward: Forward | None = None,
     act_order: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Replace the Linear and Embedding layers of a model by packed ones, in place.
@@ -52,12 +55,16 @@ def quantize_(
     says where not, and such layers are quantized without data. calibration_data: batches, anything that can
     be iterated over several times; forward(model, batch) says how one is fed, by default as the argument,
     arguments or keywords. act_order: gptq takes the columns with the largest inputs first.
+    checkpoint: a folder where each layer that gptq or awq has finished is kept; the same call after an
+    interruption goes on from there and ends in the same codes. What it holds for another weight, scheme,
+    method or other data is refused.
 
     Only exact torch types are replaced; the Report says what was left and why. Either all layers are replaced
     or, on an exception or Ctrl-C, none.
 
     Raises ValueError for a pattern that matches no layer, for weights that are not finite (with the layer's
-    name), and for a model on the meta device; NotImplementedError for schemes without code.
+    name), for a model on the meta device and for a checkpoint of something else; FormatError for a damaged
+    one; NotImplementedError for schemes without code.
     """
     rules = _rules(scheme)
     if method not in (None, *METHODS):
@@ -94,17 +101,21 @@ def quantize_(
             swap(site, layer)
         if calibrated:
             assert calibration_data is not None
-            fed = model, calibrated, calibration_data, forward or feed
+            used = method or "gptq"
+            options = {"method": used, "act_order": act_order}
+            if checkpoint is not None:
+                options["data"] = fingerprint(calibration_data)
+            fed = model, calibrated, calibration_data, forward or feed, Checkpoint(checkpoint, options)
             for site, wanted, layer, note in (
                 by_awq(*fed, put=put, progress=progress)
                 if method == "awq"
                 else by_gptq(*fed, act_order=act_order, progress=progress)
             ):
-                changes[site.name] = replace(_change(site, layer, wanted, method or "gptq"), note=note)
+                changes[site.name] = replace(_change(site, layer, wanted, used), note=note)
                 swap(site, layer)
     step = {"pass": "quantize", "scheme": _describe(rules)}
-    used = (method or "gptq") if calibrated else method
-    record(model, step if used is None else {**step, "method": used})
+    name = (method or "gptq") if calibrated else method
+    record(model, step if name is None else {**step, "method": name})
     aliases = {alias: site.name for site, _ in chosen for alias in site.aliases}
     ordered = tuple(changes[site.name] for site, _ in chosen)
     return Report(f"quantize_ {_describe(rules)}", ordered, tuple(left), aliases)
