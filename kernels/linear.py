@@ -78,8 +78,8 @@ def linear_w8a8(
     y of int32 takes the bare sums. SPAN: codes along K whose products an int32 holds, a multiple of BK. LONG:
     there are more, and sums of spans are added up in float32.
     """
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rk = tl.arange(0, BK // 2)
     # Rows beyond the end are read as the last one, and not stored.
     last = tl.cdiv(N, ROWS) * ROWS - 1
@@ -115,8 +115,8 @@ def linear_w4a16(
     unscaled. WHOLE: K is a multiple of 128.
     """
     dtype: tl.constexpr = x.dtype.element_ty
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rk = tl.arange(0, PLANE)
     padded = tl.cdiv(N, ROWS) * ROWS
     row = tl.minimum(rn, padded - 1)

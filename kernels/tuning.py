@@ -20,6 +20,10 @@ W4A16: dict[int | None, Blocks] = {
     32: {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 4},
     None: {"BM": 64, "BN": 128, "num_warps": 8, "num_stages": 3},
 }
+# float32 activations have no matrix instruction: products are taken one by one, from registers.
+W4A32: dict[int | None, Blocks] = {
+    None: {"BM": 16, "BN": 32, "num_warps": 4, "num_stages": 2},
+}
 
 
 # AMD's compute units have 64 KB of shared memory, and copy to it through registers.

@@ -177,7 +177,7 @@ class ActivationSpec:
     @property
     def span(self) -> int:
         """So many products of a code and an int8 weight add up exactly in int32: 2**17 or 512, since
-        2**15 * 2**7 * 512 = 2**31.
+        127 * 128 * 2**17 and 32767 * 128 * 512 are below 2**31.
         """
         return 1 << (25 - self.bits)
 

@@ -225,7 +225,12 @@ def _resolve(
 ) -> Prepared:
     """The kernel on this machine for a weight that lies in a layout of that name."""
     problem = Problem(op, parse_format(format_name), ACTIVATIONS[input_spec], device)
-    return Prepared(choose([k for k in KERNELS if k.layout.name == layout], problem), problem, shape)
+    try:
+        return Prepared(choose([k for k in KERNELS if k.layout.name == layout], problem), problem, shape)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{error} that reads layout {layout}: a program runs on the kind of device it was exported for"
+        ) from None
 
 
 # ---- the same for torch's dispatcher -------------------------------------------------------------
@@ -377,6 +382,8 @@ def linear_int32(x: Tensor, weight: PackedWeight, *, kernel: str | None = None) 
     spec = {torch.int8: A8, torch.int16: A16}.get(x.dtype)
     if spec is None or x.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"linear_int32: x is {x.dtype} {tuple(x.shape)}, weight has K={weight.shape[1]}")
+    if x.device != weight.qdata.device:
+        raise TypeError(f"linear_int32: x is on {x.device}, weight is on {weight.qdata.device}")
     if weight.shape[1] > spec.span:
         raise ValueError(
             f"linear_int32: K={weight.shape[1]} is above {spec.span}, where int32 sums may overflow"

@@ -184,26 +184,28 @@ def awq(
     of tr((W - W') H (W - W')^T), W' = Q(W s) / s, where H = moments = sum x x^T, magnitudes = sum |x|, and Q
     is quantize(). alpha = 0 is s = 1.
 
-    Returns s and each layer's Q(W s); None if moments or magnitudes are not finite.
+    Returns s and each layer's Q(W s); None if moments or magnitudes are not finite, or there is no input.
     """
-    if not is_finite(moments) or not is_finite(magnitudes):
+    if not is_finite(moments) or not is_finite(magnitudes) or not magnitudes.numel():
         return None
+
+    def lost(weight: Tensor, scheme: Scheme, s: Tensor) -> float:
+        """Some rows at a time, which do not depend on one another."""
+        blocks = (weight[rows].detach().float() for rows in row_blocks(*weight.shape))
+        return sum(output_power(w - quantize(w * s, scheme).dequantize() / s, moments) for w in blocks)
+
     share = magnitudes / magnitudes.max().clamp(min=torch.finfo(torch.float32).tiny)
     least, best = float("inf"), None
     for alpha in torch.linspace(0, 1, AWQ_GRID + 1).tolist():
         s = share.pow(alpha).clamp_(min=1e-4)
         s /= (s.max() * s.min()).sqrt()
-        tried = [
-            quantize(weight.detach().float() * s, scheme)
-            for weight, scheme in zip(weights, schemes, strict=True)
-        ]
-        error = sum(
-            output_power(weight.detach().float() - packed.dequantize() / s, moments)
-            for weight, packed in zip(weights, tried, strict=True)
-        )
+        error = sum(lost(weight, scheme, s) for weight, scheme in zip(weights, schemes, strict=True))
         if error < least:
-            least, best = error, (s, tried)
-    return best
+            least, best = error, s
+    if best is None:
+        return None  # the errors are beyond float32
+    pairs = zip(weights, schemes, strict=True)
+    return best, [quantize(weight.detach().float() * best, scheme) for weight, scheme in pairs]
 
 
 AWQ_GRID = 20

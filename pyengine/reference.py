@@ -1,4 +1,5 @@
-"""The executable spec, in NumPy: what stored bytes mean and what kernels compute. It serves tests only.
+"""The executable spec, in NumPy: what stored bytes mean and what kernels compute. Its functions serve tests
+only.
 
 A weight is a matrix of N rows (output channels) and K columns. For a convolution,
 K = taps * (in_channels / groups) with the channel running fastest.

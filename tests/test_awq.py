@@ -1,6 +1,7 @@
 """AWQ: the scales it chooses, where it may put them, and that nothing else of a model changes."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 import pyengine as pe
 from pyengine import quantizers
 from pyengine.passes.calibration import feed
-from pyengine.passes.dataflow import divided, groups
+from pyengine.passes.dataflow import confirmed, divided, groups
 from pyengine.scheme import Scheme
 
 WIDTH = 64
@@ -251,7 +252,11 @@ def two_norms(net, x):
 # Forward of a net, why its layer `a` is not scaled (None: it is), and what the net has besides.
 CASES = {
     "alone": (lambda net, x: net.a(net.norm(x)), None),
-    "two layers": (lambda net, x: net.a(net.norm(x)) + net.b(net.norm(x)), None),
+    "two layers": (lambda net, x: net.a(y := net.norm(x)) + net.b(y), None),
+    "two forms": (
+        lambda net, x: net.a(y := net.norm(x)) + net.b(y * 0.5),
+        "other layers read its input in another form",
+    ),
     "dropout": (lambda net, x: net.a(F.dropout(net.norm(x), 0.5, net.training)), None),
     "view": (lambda net, x: net.a(net.norm(x).view(-1, WIDTH)), None),
     "linear behind linear": (lambda net, x: net.a(net.b(x)), None),
@@ -268,6 +273,16 @@ CASES = {
     "nonlinear": (lambda net, x: net.a(F.gelu(net.norm(x))), "its input comes from gelu"),
     "other shape": (lambda net, x: net.a(net.norm(x).transpose(0, 1)), "its input comes from transpose"),
     "squared": (lambda net, x: net.a((y := net.b(x)) * y), "its input comes from mul"),
+    "squared by a view": (
+        lambda net, x: net.a((y := net.b(x)) * y.view(y.shape)),
+        "its input comes from mul",
+    ),
+    "shifted": (lambda net, x: net.a((y := net.norm(x))[1:] * y[:-1]), "its input comes from mul"),
+    "cut to whole numbers": (
+        lambda net, x: net.a(net.norm(x).int().float()),
+        "its input comes from _to_copy",
+    ),
+    "mask": (lambda net, x: net.a(x.cos() * net.norm(x).bool()), "its input comes from mul"),
     "the model's own input": (lambda net, x: net.a(x), "its input comes from outside"),
     "two norms": (two_norms, "its input comes from several places", {"other": nn.LayerNorm(WIDTH)}),
     "packed": (
@@ -306,6 +321,79 @@ def test_a_layer_is_scaled_only_where_nobody_else_sees_its_input(case):
     forward, reason, children = (*CASES[case], {})[:3]
     net = with_forward(forward, **children)
     assert reasons(net, torch.randn(3, WIDTH, WIDTH))["a"] == reason
+
+
+class Noted(nn.LayerNorm):
+    """Keeps a number that is made of its output."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.size = y.abs().sum(-1, keepdim=True)
+        return y
+
+
+def in_a_thread(net, x):
+    y = net.norm(x)
+    with ThreadPoolExecutor(1) as pool:
+        size = pool.submit(lambda: y.abs().sum(-1, keepdim=True)).result()
+    return net.a(y) + size
+
+
+def of_some_batches(net, x):
+    y = net.norm(x)
+    return net.a(y) + y.abs().sum() if len(x) > 3 else net.a(y)
+
+
+UNSEEN = {
+    "inside of the producer": (lambda net, x: net.a(net.norm(x)) + net.norm.size, Noted),
+    "thread": (in_a_thread, nn.LayerNorm),
+    "another batch": (of_some_batches, nn.LayerNorm),
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_what_watching_one_batch_does_not_see_shows_in_what_the_model_computes(case):
+    forward, norm = UNSEEN[case]
+    net, data = with_forward(forward, norm), [torch.randn(rows, WIDTH) for rows in (3, 4)]
+    layers = linears(net)
+    found = groups(net, layers, data[0], feed)
+    assert found[0].producer is net.norm
+    before = identities(net)
+    (group,) = confirmed(net, found, layers, data, feed)
+    assert group.reason == "the model computes something else if its input is scaled"
+    assert_unchanged(net, before)
+    plain = with_forward(lambda net, x: net.a(net.norm(x)))
+    found = groups(plain, linears(plain), data[0], feed)
+    assert confirmed(plain, found, linears(plain), data, feed) == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_that_change_nothing_are_confirmed_in_every_dtype(dtype):
+    model, data = decoder().to(dtype), batches()
+    found = groups(model, linears(model), data[0], feed)
+    assert sum(group.producer is not None for group in found) == 4
+    assert confirmed(model, found, linears(model), data, feed) == found
+
+
+def test_in_inference_mode_parameters_stay_such_as_can_be_trained():
+    net = with_forward(lambda net, x: net.a(net.norm(x)))
+    net.norm.weight.data[::4] *= 30
+    with torch.inference_mode():
+        pe.quantize_(net, "w4_g32", include="a", method="awq", calibration_data=[torch.randn(9, WIDTH)])
+    assert not net.norm.weight.equal(torch.ones(WIDTH))
+    net(torch.randn(2, WIDTH)).sum().backward()
+    assert net.norm.weight.grad is not None
+
+
+def test_scripted_modules_and_layers_of_no_inputs_are_not_in_the_way():
+    scripted = torch.jit.script(nn.LayerNorm(WIDTH))
+    net = nn.Sequential(
+        scripted, nn.Linear(WIDTH, 0), nn.Linear(0, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8)
+    )
+    report = pe.quantize_(net, "w4_g32", method="awq", calibration_data=[torch.randn(9, WIDTH)])
+    notes = {change.name: change.note for change in report.changes}
+    assert notes["1"] == "awq: not scaled, its input comes from native_layer_norm"
+    assert "output error" in notes["4"]
 
 
 def test_a_float_layer_that_reads_the_same_input_is_in_the_way():

@@ -8,6 +8,7 @@ from helpers import random_weight
 
 import pyengine as pe
 from pyengine import _C, ops
+from pyengine.backends import triton
 from pyengine.formats import parse_format
 
 FORMATS = ("int8", "uint3_g32")  # a compiled kernel and the generic backend
@@ -123,6 +124,24 @@ def test_the_operators_compare_a_layout_with_its_sizes(format):
             torch.ops.pyengine.embedding(ids, layout, *shape, format, name, torch.float32)
     with pytest.raises(ValueError, match="dequantize: layout_name 'rows9' is none"):
         torch.ops.pyengine.dequantize(layout, 5, 64, format, "rows9", torch.float32)
+
+
+def test_a_layout_of_another_kind_of_device_is_named():
+    """As in a program that was exported on a GPU."""
+    weight = random_weight(parse_format("int4_g32"), 16, 128)
+    layout = triton.PLANES_LAYOUT.pack(weight)
+    x, name = torch.zeros(1, 128), "planes16x128"
+    with pytest.raises(NotImplementedError, match="on cpu that reads layout planes16x128"):
+        torch.ops.pyengine.linear(x, layout, None, 16, 128, "int4_g32", "float", name, None)
+    torch.testing.assert_close(
+        torch.ops.pyengine.dequantize(layout, 16, 128, "int4_g32", name, torch.float32), weight.dequantize()
+    )
+
+
+def test_integer_sums_want_one_device():
+    x = torch.empty(2, 64, dtype=torch.int8, device="meta")
+    with pytest.raises(TypeError, match="linear_int32: x is on meta, weight is on cpu"):
+        ops.linear_int32(x, random_weight(parse_format("int8"), 5, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float64])

@@ -1,4 +1,7 @@
-"""The generic backend: dequantize, then torch's own operator. Every dense format and device, not fast."""
+"""The generic backend: dequantize, then torch's own operator. Every dense format and device, not fast.
+Products of float32 are what torch.set_float32_matmul_precision says: on a GPU anything below "highest"
+rounds 16-bit codes.
+"""
 
 from __future__ import annotations
 

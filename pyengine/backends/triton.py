@@ -23,6 +23,8 @@ from .cpu import int8_per_channel
 ROWS, TILE, PLANE = 16, 128, 32
 # Whether torch's GPUs are AMD's.
 AMD = torch.version.hip is not None
+# Of NVIDIA's, the first with instructions for bfloat16 and asynchronous copies.
+OLDEST = (8, 0)
 # Codes along K whose products an int32 surely holds: 2**17 * 127 * 128 < 2**31.
 SPAN = 1 << 17
 
@@ -147,7 +149,11 @@ PLANES_LAYOUT = Layout("planes16x128", _planes_bytes, _pack_planes, _unpack_plan
 
 @functools.cache
 def available() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed, and every GPU here, if there is one, is one that it compiles for."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    count = 0 if AMD else torch.cuda.device_count()
+    return all(torch.cuda.get_device_capability(i) >= OLDEST for i in range(count))
 
 
 @functools.cache
@@ -201,7 +207,8 @@ def _w4a16(
     kernels, tuning = _modules()
     (m, k), n, format = x.shape, shape[0], problem.format
     words, scale, zero = _planes_views(layout, format, shape)
-    blocks = tuning.blocks(tuning.W4A16, m, amd=AMD)
+    table = tuning.W4A32 if x.dtype == torch.float32 else tuning.W4A16
+    blocks = tuning.blocks(table, m, amd=AMD)
     kernels.linear_w4a16[_grid(m, n, blocks)](
         x, words, scale, zero, bias, y, m, n, k, words.shape[1],
         GROUP=format.group_size, SLICES=min(format.group_size or TILE, TILE) // PLANE,
@@ -211,7 +218,8 @@ def _w4a16(
 
 
 def _grid(m: int, n: int, blocks: dict[str, int]) -> tuple[int, int]:
-    return -(-n // blocks["BN"]), -(-m // blocks["BM"])
+    """Rows come first: only that axis may be longer than 65,535."""
+    return -(-m // blocks["BM"]), -(-n // blocks["BN"])
 
 
 def _bind(launch: Callable[..., None], problem: Problem) -> Callable[..., Tensor]:

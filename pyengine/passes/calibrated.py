@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..quantizers import awq, gptq, output_power, quantize
 from ..scheme import Scheme
 from .calibration import Forward, SecondMoments, call_order, evaluation, in_chunks
 from .checkpoint import Asked, Checkpoint, Finished
-from .dataflow import Group, divided, groups
+from .dataflow import Group, confirmed, divided, groups
 from .select import Site, tensor_bytes
 
 Sites = Mapping[str, tuple[Site, Scheme]]
@@ -43,7 +43,7 @@ def by_gptq(
     layers = _layers(sites)
     called = call_order(model, layers, _first(data), forward)
     chunks = in_chunks(called, lambda name: _moments_bytes(layers[name]), _limit(model))
-    batches = sum(1 for _ in data)
+    batches = _count(data)
     steps = track(range(len(chunks) * batches + len(layers)), "gptq", progress)
     for chunk in chunks:
         missing = {name: layers[name] for name in chunk if not checkpoint.has(name)}
@@ -75,13 +75,13 @@ def by_awq(
     mapping[key] = value in the transaction: it gives the producers their new parameters.
     """
     layers = _layers(sites)
-    found = groups(model, layers, _first(data), forward)
+    found = confirmed(model, groups(model, layers, _first(data), forward), layers, data, forward)
     chunks = in_chunks(
         reversed(found), lambda g: _moments_bytes(layers[g.layers[0]]) if g.producer else 0, _limit(model)
     )
-    # What the layers of a group read is counted at the first of them.
+    # What the layers of a group read, all the same tensor, is counted at the first of them.
     watched = [{g.layers[0]: layers[g.layers[0]] for g in chunk if g.producer} for chunk in chunks]
-    batches = sum(1 for _ in data)
+    batches = _count(data)
     steps = track(range(sum(map(bool, watched)) * batches + len(layers)), "awq", progress)
     for chunk, leaders in zip(chunks, watched, strict=True):
         there = {group.layers[0] for group in chunk if checkpoint.has(group.layers[0])}
@@ -121,6 +121,10 @@ def _first(data: Iterable[Any]) -> Any:
     for batch in data:
         return batch
     raise ValueError("calibration_data is empty")
+
+
+def _count(data: Iterable[Any]) -> int:
+    return len(data) if isinstance(data, Sized) else sum(1 for _ in data)
 
 
 def _layers(sites: Sites) -> dict[str, nn.Linear]:

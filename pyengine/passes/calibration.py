@@ -81,7 +81,7 @@ class SecondMoments:
 
     def _add(self, name: str, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         x = inputs[0] if inputs else keywords["input"]
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = x.detach().view(1, -1).float() if x.dim() == 1 else x.detach().flatten(0, -2).float()
         self.moments[name].addmm_(rows.t(), rows)
         self.magnitudes[name] += torch.linalg.vector_norm(rows, ord=1, dim=0)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ class Producer:
     """
 
     module: nn.Module
-    layers: dict[str, None] = field(default_factory=dict)
+    layers: dict[str, Any] = field(default_factory=dict)  # name -> the memory that it reads
     refusal: str = ""
 
     def refuse(self, reason: str) -> None:
@@ -45,8 +46,8 @@ class Producer:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers, in the order of their calls, that read what one producer makes and nobody else reads; or one
-    layer without a producer, and why.
+    """Layers, in the order of their calls, that read one tensor, which a producer makes and nobody else
+    reads; or one layer without a producer, and why.
     """
 
     layers: tuple[str, ...]
@@ -57,15 +58,17 @@ class Group:
 def groups(model: nn.Module, layers: Mapping[str, nn.Linear], batch: Any, forward: Forward) -> list[Group]:
     """The layers that a batch calls, grouped by their producers, in the order of first calls.
 
-    A producer is a norm (any module whose parameters are vectors and which passes a scale on, as is tried) or
-    a Linear of `layers`. Its output goes to Linears of `layers`, as it is, through views that keep its last
-    dimension, or through a product of elements as in down(act(gate(x)) * up(x)), and nowhere else: to no
-    other function, and not out of the model. What C++ code of others reads past torch's operators is not
-    seen, nor what only other batches do.
+    A producer is a norm (any module whose parameters are vectors and which passes a scale on, as is tried by
+    calling it once more) or a Linear of `layers`. Its output goes to Linears of `layers`, as it is, through
+    views, clones and casts that keep its last dimension, or through a product of elements as in
+    down(act(gate(x)) * up(x)), and nowhere else: to no other function, and not out of the model. What is not
+    seen here (other batches, threads, values made inside of a producer) is what confirmed() is for.
     """
     watch = _Watch(model, layers)
     with evaluation(model), ExitStack() as hooks:
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # takes no hooks; its operators are seen
             for handle in (
                 module.register_forward_pre_hook(watch.enter, with_kwargs=True, prepend=True),
                 module.register_forward_hook(watch.leave, with_kwargs=True, always_call=True),
@@ -80,13 +83,106 @@ def groups(model: nn.Module, layers: Mapping[str, nn.Linear], batch: Any, forwar
 
 def divided(module: nn.Module, scales: Tensor) -> dict[str, nn.Parameter]:
     """The module's parameters with the first dimension divided by scales."""
-    return {
-        name: nn.Parameter(
-            (p.detach() / scales.view(-1, *[1] * (p.dim() - 1))).to(p.dtype), requires_grad=p.requires_grad
+    # A parameter made in inference mode could never be trained or loaded into.
+    with torch.inference_mode(False), torch.no_grad():
+        return {
+            name: nn.Parameter((p / scales.view(-1, *[1] * (p.dim() - 1))).to(p.dtype), p.requires_grad)
+            for name, p in module._parameters.items()
+            if p is not None
+        }
+
+
+def confirmed(
+    model: nn.Module,
+    found: Iterable[Group],
+    layers: Mapping[str, nn.Linear],
+    data: Iterable[Any],
+    forward: Forward,
+) -> list[Group]:
+    """The groups, taken apart where scaling would change what the model computes on any of the batches: each
+    producer is divided by powers of two, its layers multiplied, and what layers and model put out compared.
+    That rounds nothing, except for denormals of float16.
+    """
+    found = list(found)
+    producers = {id(group.producer) for group in found}
+    watched = {id(m): m for m in (model, *layers.values()) if id(m) not in producers}
+    for batch in data:
+        scaled = [group for group in found if group.producer is not None]
+        if not scaled:
+            break
+
+        def observed(some: list[Group], batch: Any = batch) -> list[Observation]:
+            with _scaled(some, layers):
+                return _observed(model, watched.values(), batch, forward)
+
+        expected = observed([])
+        if _alike(observed(scaled), expected):
+            continue
+        changing = [group for group in scaled if not _alike(observed([group]), expected)]
+        reason = "the model computes something else if its input is scaled"
+        found = [
+            part
+            for group in found
+            for part in ([Group((n,), None, reason) for n in group.layers] if group in changing else [group])
+        ]
+    return found
+
+
+Observation = tuple[float, float, float]  # of a tensor: sum over the root of its size, norm, tolerance
+
+
+def _observed(
+    model: nn.Module, watched: Iterable[nn.Module], batch: Any, forward: Forward
+) -> list[Observation]:
+    """Of every tensor that the watched modules and `forward` put out."""
+    seen: list[Observation] = []
+
+    def note(output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.numel():
+                wide = leaf.detach().double()
+                tolerance = 1e-3 if leaf.dtype == torch.float16 else 1e-5
+                norm = float(torch.linalg.vector_norm(wide))
+                seen.append((float(wide.sum()) / math.sqrt(leaf.numel()), norm, tolerance))
+
+    with ExitStack() as hooks, evaluation(model):
+        for module in watched:
+            hooks.callback(module.register_forward_hook(lambda *call: note(call[-1])).remove)
+        note(forward(model, batch))
+    return seen
+
+
+@contextmanager
+def _scaled(found: list[Group], layers: Mapping[str, nn.Linear]) -> Iterator[None]:
+    old: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def change(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        old.append((module, module._parameters))
+        module._parameters = {**module._parameters, **parameters}
+
+    try:
+        for group in found:
+            assert group.producer is not None
+            weight = layers[group.layers[0]].weight
+            scales = (2.0 ** (torch.arange(weight.shape[1]) % 3 - 1)).to(weight)
+            change(group.producer, divided(group.producer, scales))
+            for name in group.layers:
+                change(layers[name], {"weight": nn.Parameter(layers[name].weight.detach() * scales, False)})
+        yield
+    finally:
+        for module, parameters in reversed(old):
+            module._parameters = parameters
+
+
+def _alike(seen: list[Observation], wanted: list[Observation]) -> bool:
+    def near(a: Observation, b: Observation) -> bool:
+        bound = b[2] * max(b[1], a[1])
+        return all(
+            x == y or abs(x - y) <= bound or (math.isnan(x) and math.isnan(y))
+            for x, y in zip(a, b, strict=True)
         )
-        for name, p in module._parameters.items()
-        if p is not None
-    }
+
+    return len(seen) == len(wanted) and all(map(near, seen, wanted))
 
 
 class _Watch(TorchDispatchMode):
@@ -125,7 +221,11 @@ class _Watch(TorchDispatchMode):
         if name is not None:
             producer = self._source.get(tensors[0])
             if producer is not None:
-                producer.layers.setdefault(name)
+                x = tensors[0]
+                reads = x.data_ptr(), x.shape, x.stride(), x.dtype
+                if any(other != reads for other in producer.layers.values()):
+                    producer.refuse("other layers read its input in another form")
+                producer.layers.setdefault(name, reads)
             self._inputs.setdefault(name, []).append(producer or self._origin.get(tensors[0], "outside"))
         elif isinstance(module, (nn.Linear, PackedModule)):  # kernels read past the operators
             for tensor in tensors:
@@ -188,7 +288,8 @@ class _Watch(TorchDispatchMode):
             producer = self._source.get(tensor)
             if producer is None or id(module) in self._names:
                 continue
-            if func in _CHANNELWISE and _keeps_channels(tensor, tensors, result):
+            factors = sum(self._source.get(item) is producer for item in tensors)
+            if func in _CHANNELWISE and factors == 1 and _keeps_channels(tensor, result):
                 self._follow(result, producer)
             else:
                 self._refuse(tensor, f"its input also goes to {operator}")
@@ -242,11 +343,13 @@ def _is_norm_like(module: nn.Module, owned: Mapping[int, list[nn.Module]]) -> bo
     """Without children and hooks, and with parameters of its own that are vectors of one length."""
     parameters = list(module.parameters(recurse=False))
     lengths = {len(p) if p.dim() == 1 else None for p in parameters}
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     alone = not list(module.children()) and not any(len(owned[address(p)]) > 1 for p in parameters)
     return alone and len(lengths) == 1 and not lengths & {None, 0} and not has_hooks(module)
 
 
-def _keeps_channels(tensor: Tensor, tensors: list[Tensor], result: Tensor) -> bool:
-    """Whether the result has the tensor's last dimension, and has it once only as a factor."""
-    once = sum(item is tensor for item in tensors) == 1
-    return once and tensor.dim() > 0 and tensor.shape[-1:] == result.shape[-1:]
+def _keeps_channels(tensor: Tensor, result: Tensor) -> bool:
+    """Whether the result has the tensor's last dimension, and numbers that a scale can pass through."""
+    floats = tensor.is_floating_point() and result.is_floating_point()
+    return floats and tensor.dim() > 0 and tensor.shape[-1:] == result.shape[-1:]

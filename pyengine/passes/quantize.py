@@ -1,4 +1,4 @@
-"""quantize_: float layers -> layers with packed weights, rounded to nearest."""
+"""quantize_: float layers -> layers with packed weights."""
 
 from __future__ import annotations
 

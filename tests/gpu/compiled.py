@@ -81,7 +81,7 @@ def check(compiled, target, tmp_path, product):
     assert not re.search(r"\b(LDL|STL)\b", code)
     # Weights and activations are copied 16 bytes at a time.
     assert re.search(r"LDGSTS[.\w]*\.128|LDG[.\w]*\.128", code)
-    return main_loop(code)
+    return code
 
 
 INT8_PRODUCT = {"sm_80": "s32.s8.s8.s32", "sm_90": "s32.s8.s8", "gfx942": "v_mfma_i32"}
@@ -101,9 +101,9 @@ def test_w8a8(rows, target, tmp_path):
         HAS_BIAS=True,
         **tuning.blocks(tuning.W8A8, rows, amd=target == "gfx942"),
     )
-    loop = check(compiled, target, tmp_path, INT8_PRODUCT[target])
+    code = check(compiled, target, tmp_path, INT8_PRODUCT[target])
     if target == "sm_80":
-        assert not [opcode for opcode in loop if opcode.startswith("PRMT")]
+        assert not [opcode for opcode in main_loop(code) if opcode.startswith("PRMT")]
 
 
 FLOAT_PRODUCT = {
@@ -114,6 +114,19 @@ FLOAT_PRODUCT = {
     ("fp16", "gfx942"): "v_mfma_f32",
     ("bf16", "gfx942"): "v_mfma_f32",
 }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("group", "asymmetric"), [(128, False), (32, True)], ids=str)
+def test_w4a16_of_float32(group, asymmetric, target, tmp_path):
+    pointers = {"x": "fp32", "weight": "i16", "scale": "fp16", "zero": "fp16", "bias": "fp32", "y": "fp32"}
+    compiled = compile_kernel(
+        linear.linear_w4a16, target, pointers, GROUP=group, SLICES=min(group, 128) // 32,
+        HAS_ZERO=asymmetric, ACTIVATION=None, HAS_BIAS=True, WHOLE=True, PTX=target != "gfx942",
+        **({} if asymmetric else {"zero": None}),
+        **tuning.blocks(tuning.W4A32, 4096, amd=target == "gfx942"),
+    )  # fmt: skip
+    check(compiled, target, tmp_path, "v_mfma_f32" if target == "gfx942" else "fma.rn.f32")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -129,8 +142,9 @@ def test_w4a16(rows, group, asymmetric, dtype, target, tmp_path):
         SLICES=min(group or 128, 128) // 32, HAS_ZERO=asymmetric, ACTIVATION=None, HAS_BIAS=True, WHOLE=True,
         PTX=target != "gfx942", **absent, **blocks,
     )  # fmt: skip
-    loop = check(compiled, target, tmp_path, FLOAT_PRODUCT[dtype, target])
-    if loop:
+    code = check(compiled, target, tmp_path, FLOAT_PRODUCT[dtype, target])
+    if code:
+        loop = main_loop(code)
         # Scales and zero points are converted once per group; a weight is not.
         weights = blocks["BN"] * 128 // (32 * blocks["num_warps"])
         assert sum(bool(re.match("I2F|F2F|F2I|I2I", opcode)) for opcode in loop) <= weights // 8

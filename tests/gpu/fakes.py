@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyengine as pe
 from pyengine import ops
-from pyengine.backends import triton
+from pyengine.backends import KERNELS, triton
 from pyengine.formats import ACTIVATIONS, parse_format
 from pyengine.packed import PackedWeight
+from pyengine.registry import Problem, choose
 
 CUDA, META = 1, 14  # as c10::DeviceType counts
 
@@ -75,6 +76,17 @@ def test_without_triton_the_generic_backend_runs(monkeypatch, caplog):
         )
     assert prepared.kernel.fallback
     assert "linear 'head': no kernel for int8 with a8 activations on cuda" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "served"), [([(8, 0)], True), ([(9, 0), (7, 5)], False), ([], True)]
+)
+def test_gpus_that_triton_does_not_compile_for_get_the_generic_backend(capabilities, served, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(triton, "available", triton.available.__wrapped__)
+    problem = Problem("linear", parse_format("int8"), ACTIVATIONS["a8"], "cuda")
+    assert choose(KERNELS, problem).name == ("linear_int8_a8_triton" if served else "linear_torch")
 
 
 def test_a_layer_of_a_gpu_is_not_run_on_another_device(monkeypatch):

@@ -137,7 +137,7 @@ def test_a_span_holds_the_largest_codes():
 
 def test_rows_are_quantized_as_the_reference_says():
     for x in (
-        rows_at_the_edges_of_codes(),
+        rows_at_the_edges_of_codes(ACTIVATIONS["a8"]),
         hostile_rows(100),
         inputs(3, 1030),
         hostile_rows(40).half().float(),
