@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 
 import pyengine as pe
 from pyengine.environment import machine
+from pyengine.quantizers import METHODS
 from pyengine.terminal import write_text
 
 from .smollm2 import load, model_file
@@ -33,8 +34,8 @@ from .smollm2 import load, model_file
 TESTED = ("1863_abraham_lincoln_r", "1961_john_f_kennedy_d", "2017_donald_j_trump_r")
 CONTEXT, PIECE, CALIBRATED = 512, 32, 24
 CASES = {
-    "w4_g32": ("round", "mse", "gptq"),
-    "w3_g32_asym": ("round", "mse", "hqq", "gptq"),
+    "w4_g32": ("round", "mse", "awq", "gptq"),
+    "w3_g32_asym": ("round", "mse", "hqq", "awq", "gptq"),
 }
 
 
@@ -80,15 +81,19 @@ def perplexity(model: Any, batches: Iterable[Tensor]) -> tuple[float, int]:
     return math.exp(lost / count), count
 
 
-def rows(model: Any, tested: list[Tensor], calibrated: list[Tensor]) -> Iterator[dict[str, Any]]:
-    """recovered: the share of what rounding adds to the perplexity that a method takes away again."""
+def rows(
+    model: Any, tested: list[Tensor], calibrated: list[Tensor], wanted: Collection[str] = METHODS
+) -> Iterator[dict[str, Any]]:
+    """recovered: the share of what rounding adds to the perplexity that a method takes away again. Rounding
+    is always there.
+    """
     full, tokens = perplexity(model, tested)
     yield {"scheme": "fp32", "perplexity": full, "tokens": tokens}
     for scheme, methods in CASES.items():
         rounded = None
-        for method in methods:
+        for method in (m for m in methods if m in wanted or m == "round"):
             options: dict[str, Any] = {"method": method, "progress": False}
-            if method == "gptq":
+            if method in ("gptq", "awq"):
                 # The blocks alone: what follows them has nothing to calibrate.
                 options |= {"calibration_data": calibrated, "forward": lambda m, ids: m.model(ids)}
             start = time.perf_counter()
@@ -111,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pyengine.bench.perplexity")
     parser.add_argument("file", nargs="?", metavar="FILE")
     parser.add_argument("--texts", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--method", action="append", choices=METHODS, help="only these; repeatable")
     arguments = parser.parse_args()
+    methods = arguments.method or METHODS
     try:
         texts, path = addresses(arguments.texts), model_file()
     except (FileNotFoundError, ModuleNotFoundError) as error:
@@ -123,14 +130,16 @@ def main() -> None:
     calibrated = calibration(ids, CALIBRATED, CONTEXT, PIECE)
     record = {
         "bench": "perplexity",
-        "command": f"{parser.prog} --texts DIR FILE",
+        "command": " ".join(
+            [parser.prog, "--texts DIR FILE", *(f"--method {m}" for m in arguments.method or ())]
+        ),
         "machine": machine(),
         "model": path.name,
         "tested": TESTED,
         "context": CONTEXT,
         "calibration_windows": CALIBRATED,
         "calibration_piece": PIECE,
-        "rows": list(rows(model, tested, calibrated)),
+        "rows": list(rows(model, tested, calibrated, methods)),
     }
     document = json.dumps(record, indent=1)
     print(document)

@@ -127,7 +127,7 @@ def test_calibration_takes_the_middle_of_addresses_by_other_presidents_every_oth
 
 
 def test_rows_tell_what_share_of_the_loss_a_method_recovers(monkeypatch):
-    monkeypatch.setattr(perplexity, "CASES", {"w3_g32_asym": ("round", "mse", "gptq")})
+    monkeypatch.setattr(perplexity, "CASES", {"w3_g32_asym": ("round", "mse", "awq", "gptq")})
     tested, calibrated = (
         perplexity.windows(torch.randint(0, len(TOKENS), (64,)).tolist(), 16) for _ in range(2)
     )
@@ -136,6 +136,8 @@ def test_rows_tell_what_share_of_the_loss_a_method_recovers(monkeypatch):
     for row in others:
         lost = rounded["perplexity"] - full["perplexity"]
         assert row["recovered"] == pytest.approx((rounded["perplexity"] - row["perplexity"]) / lost)
+    some = perplexity.rows(llama(True), tested, calibrated, ["mse"])
+    assert [row.get("method") for row in some] == [None, "round", "mse"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--texts", "nowhere"]])
