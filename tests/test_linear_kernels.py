@@ -255,13 +255,13 @@ COMPILED = [kernel for kernel in cpu.SUPPORTED if kernel.op == "linear"]
 )
 def test_any_format_that_a_kernel_serves_is_within_the_bound_at_any_shape(kernel, data, m, k, n, seed):
     """Not the named formats alone: every encoding, width, group, and type of scales and zero points."""
-    spec = ACTIVATIONS["a8" if "a8" in kernel.name else "float"]
+    spec = ACTIVATIONS[next((a for a in ("a8", "a16") if f"_{a}_" in kernel.name), "float")]
     served = [f for f in ANY_FORMAT if kernel.serves(Problem("linear", f, spec, "cpu"))]
     weight = random_weight(data.draw(st.sampled_from(served)), n, k, seed)
     x, bias = inputs(m, k, seed=seed) * 10.0 ** data.draw(st.integers(-6, 6)), torch.linspace(-2, 2, n)
     assert_within(run_linear(kernel, x, weight, bias, spec), *expected_linear(kernel, x, weight, bias, spec))
     if spec.bits and weight.format.zero_dtype != "float32":
-        assert_exact(kernel, weight, random_codes(m, k, seed), rows=[m])
+        assert_exact(kernel, weight, random_codes(m, k, spec, seed), rows=[m])
 
 
 @compiled_kernels

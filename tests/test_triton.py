@@ -26,7 +26,8 @@ def test_kernels(file, variables, least, tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYTEST_"))}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), **variables}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FILES / file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # Elsewhere, or Python would find the checkout's folder before the installed package.
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.splitlines()[-1]
     assert "skipped" not in summary
