@@ -11,7 +11,6 @@ own count.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,8 @@ from pyengine.demo.measure import embed, quality
 from pyengine.demo.sentences import sentences
 from pyengine.demo.variants import TABLES, Variant, make_model, model_folder, runtime_bytes
 from pyengine.environment import machine
-from pyengine.terminal import write_text
+
+from .show import publish
 
 SCHEME: dict[Any, str | None] = {TABLES: "w8", "*": "w4_g32_asym"}
 TESTED, BATCH = 400, 8
@@ -65,10 +65,7 @@ def main() -> None:
         "peak_over_model": 1 + (peak - before) / size,
         **quality(found, expected),
     }
-    document = json.dumps(record, indent=1)
-    print(document)
-    if len(sys.argv) > 1:
-        write_text(sys.argv[1], document + "\n")
+    publish(record, sys.argv[1] if len(sys.argv) > 1 else None)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ layers of the blocks; the table of tokens, which is the head too, stays float. O
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -27,8 +26,8 @@ from torch.nn.functional import cross_entropy
 import pyengine as pe
 from pyengine.environment import machine
 from pyengine.quantizers import METHODS
-from pyengine.terminal import write_text
 
+from .show import publish
 from .smollm2 import load, model_file
 
 TESTED = ("1863_abraham_lincoln_r", "1961_john_f_kennedy_d", "2017_donald_j_trump_r")
@@ -141,10 +140,7 @@ def main() -> None:
         "calibration_piece": PIECE,
         "rows": list(rows(model, tested, calibrated, methods)),
     }
-    document = json.dumps(record, indent=1)
-    print(document)
-    if arguments.file:
-        write_text(arguments.file, document + "\n")
+    publish(record, arguments.file)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
+
+from pyengine.terminal import deliver
 
 Record = dict[str, Any]
 
@@ -105,3 +108,9 @@ COLUMNS: tuple[tuple[str, Cell, int], ...] = (
     ("GB/s", _number("cold", "weight_gbs", ".1f"), 90),
     ("error", _number("warm", "relative_error", ".1e"), 0),
 )
+
+
+def publish(record: dict[str, Any], path: str | None) -> None:
+    """Print a record as one JSON object, and write it to the path if there is one."""
+    document = json.dumps(record, indent=1)
+    deliver(document, path, lambda: print(document))

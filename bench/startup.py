@@ -8,7 +8,6 @@ cache. Each load and import is timed in a process of its own, in turns; numbers 
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,8 @@ from torch import nn
 
 import pyengine as pe
 from pyengine.environment import machine
-from pyengine.terminal import write_text
+
+from .show import publish
 
 ROUNDS = 5
 
@@ -105,10 +105,7 @@ def main() -> None:
             "call_us": calls(),
             "load_ms": loads(path),
         }
-    document = json.dumps(record, indent=1)
-    print(document)
-    if len(sys.argv) > 1:
-        write_text(sys.argv[1], document + "\n")
+    publish(record, sys.argv[1] if len(sys.argv) > 1 else None)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import WeightFormat
+from ..formats import A8, WeightFormat
 from ..packed import DTYPES, PackedWeight, pack_codes
 from ..registry import KernelSpec, Layout, Problem
 from .cpu import int8_per_channel
@@ -25,8 +25,8 @@ ROWS, TILE, PLANE = 16, 128, 32
 AMD = torch.version.hip is not None
 # Of NVIDIA's, the first with instructions for bfloat16 and asynchronous copies.
 OLDEST = (8, 0)
-# Codes along K whose products an int32 surely holds: 2**17 * 127 * 128 < 2**31.
-SPAN = 1 << 17
+# Codes along K whose products an int32 surely holds.
+SPAN = A8.span
 
 
 def _up(size: int, unit: int) -> int:

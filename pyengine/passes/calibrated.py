@@ -75,7 +75,8 @@ def by_awq(
     mapping[key] = value in the transaction: it gives the producers their new parameters.
     """
     layers = _layers(sites)
-    found = confirmed(model, groups(model, layers, _first(data), forward), layers, data, forward)
+    found = groups(model, layers, _first(data), forward)
+    found = confirmed(model, found, layers, track(data, "awq: confirm", progress), forward)
     chunks = in_chunks(
         reversed(found), lambda g: _moments_bytes(layers[g.layers[0]]) if g.producer else 0, _limit(model)
     )
