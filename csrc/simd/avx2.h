@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
   static constexpr int kLanes = 8;
+  static constexpr int kByteRows = 2, kBytePanels = 2, kTileRows = 4, kTilePanels = 1, kFloatRows = 6;
   using F = __m256;
   using I = __m256i;
 
@@ -59,20 +60,41 @@ struct Simd {
     return to_float(_mm256_srai_epi32(Byte == 3 ? x : _mm256_slli_epi32(x, 24 - 8 * Byte), 24));
   }
 
-  // vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits, saturating: here |w ^ sign| <= 128, and
-  // 2 * 127 * 128 = 32512 fits.
-  static I dot4(I sum, I magnitude, I sign, I w) {
-    const I pairs = _mm256_maddubs_epi16(magnitude, _mm256_xor_si256(w, sign));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  // vpmaddubsw multiplies unsigned by signed bytes. The signed product a w is |a| (w ^ s), with s = 0 or, for negative a,
+  // -1: then w ^ s is w or -w - 1, and the sum of |a| (w ^ s) lacks the sum of the |a| of negative a. An exclusive or is
+  // cheaper than negating w, and |w ^ s| is at most 128 for every w. Four codes are stored as {4 signs, 4 magnitudes}.
+  static constexpr int kQuadBytes = 8;
+  static I store_quads(I correction, I codes, uint8_t* to) {
+    const I sign = _mm256_cmpgt_epi8(zero_i(), codes), magnitude = _mm256_abs_epi8(codes);
+    const I first = _mm256_unpacklo_epi32(sign, magnitude), second = _mm256_unpackhi_epi32(sign, magnitude);
+    store_bytes(to, _mm256_permute2x128_si256(first, second, 0x20));
+    store_bytes(to + 32, _mm256_permute2x128_si256(first, second, 0x31));
+    return _mm256_add_epi32(correction, _mm256_sad_epu8(_mm256_and_si256(sign, magnitude), zero_i()));
+  }
+  template <bool kSigned>
+  struct Quad {
+    I magnitude, sign;
+    I products(I w) const { return _mm256_maddubs_epi16(magnitude, kSigned ? _mm256_xor_si256(w, sign) : w); }
+  };
+  template <bool kSigned>
+  static Quad<kSigned> load_quad(const uint8_t* p) {
+    return {broadcast4(p + 4), kSigned ? broadcast4(p) : zero_i()};
+  }
+  static I load_weights(const uint8_t* p) { return load_bytes(p); }
+  // vpmaddubsw adds pairs in 16 bits, saturating: 2 * 127 * 128 = 32512 fits.
+  template <bool kSigned>
+  static I dot4(I sum, Quad<kSigned> quad, I w) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(quad.products(w), _mm256_set1_epi16(1)));
   }
   // Two products are added in 16 bits before they are widened once: the bound of panels.h makes that exact.
-  static I dot4_pair(I sum, I magnitude0, I sign0, I w0, I magnitude1, I sign1, I w1) {
-    const I pairs = _mm256_add_epi16(_mm256_maddubs_epi16(magnitude0, _mm256_xor_si256(w0, sign0)),
-                                     _mm256_maddubs_epi16(magnitude1, _mm256_xor_si256(w1, sign1)));
+  static constexpr bool kExactBytes = false;
+  template <bool kSigned>
+  static I dot4_pair(I sum, Quad<kSigned> quad0, I w0, Quad<kSigned> quad1, I w1) {
+    const I pairs = _mm256_add_epi16(quad0.products(w0), quad1.products(w1));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 
-  static I split_bits(uint32_t word, int bits) {
+  static I split_bits(uint64_t word, int bits) {
     const I places = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
     return _mm256_and_si256(_mm256_srlv_epi32(set_i(static_cast<int32_t>(word)), places), set_i((1 << bits) - 1));
   }
@@ -158,13 +180,6 @@ struct Simd {
     return _mm256_permute4x64_epi64(packed, 0xd8);  // the pack interleaves 128-bit halves
   }
   static I swap_middle(I x) { return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(x, 0xd8), 0xd8); }
-  static I store_codes(I negative, I q, uint8_t* to) {
-    const I sign = _mm256_cmpgt_epi8(zero_i(), q), magnitude = _mm256_abs_epi8(q);
-    const I first = _mm256_unpacklo_epi32(sign, magnitude), second = _mm256_unpackhi_epi32(sign, magnitude);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(first, second, 0x20));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute2x128_si256(first, second, 0x31));
-    return _mm256_add_epi32(negative, _mm256_sad_epu8(_mm256_and_si256(sign, magnitude), zero_i()));
-  }
 };
 
 }  // namespace

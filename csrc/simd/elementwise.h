@@ -56,7 +56,7 @@ inline Simd::F activate(Activation activation, Simd::F x) {
   }
 }
 
-// Eight floats from, and to, elements of a float type.
+// A vector of floats from, and to, elements of a float type.
 inline Simd::F load_as(DType type, const void* p) {
   switch (type) {
     case DType::kBFloat16:
@@ -79,15 +79,15 @@ inline void store_as(DType type, void* p, Simd::F x) {
   }
 }
 
-// The first `count` < 8 of them; the rest of the vector is 0 and is not stored.
+// The first `count` < Simd::kLanes of them; the rest of the vector is 0 and is not stored.
 inline Simd::F load_part_as(DType type, const void* p, int64_t count) {
-  alignas(32) char part[32] = {};
+  alignas(64) char part[4 * Simd::kLanes] = {};
   std::memcpy(part, p, static_cast<size_t>(count * element_size(type)));
   return load_as(type, part);
 }
 
 inline void store_part_as(DType type, void* p, Simd::F x, int64_t count) {
-  alignas(32) char part[32];
+  alignas(64) char part[4 * Simd::kLanes];
   store_as(type, part, x);
   std::memcpy(p, part, static_cast<size_t>(count * element_size(type)));
 }

@@ -1,5 +1,5 @@
 // The primitives that kernels are templates on, in plain C++: the statement of what each one computes, and the path
-// for processors without a file of their own. A vector is eight 32-bit lanes, or 32 bytes in four per lane.
+// for processors without a file of their own. A vector is kLanes 32-bit lanes, 4, 8 or 16 of them: here 8.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,6 +9,9 @@ namespace {
 
 struct Simd {
   static constexpr int kLanes = 8;
+  // Rows and panels of a tile, as many as the registers hold: of int8 with int8 activations, of the other kernels with
+  // integer activations; and rows with float ones.
+  static constexpr int kByteRows = 2, kBytePanels = 2, kTileRows = 4, kTilePanels = 1, kFloatRows = 6;
   struct F {
     float lane[8];
   };
@@ -56,7 +59,7 @@ struct Simd {
     return y;
   }
   static void store_bytes(void* p, I x) { std::memcpy(p, x.lane, sizeof(x)); }
-  // Eight unsigned bytes, one per lane.
+  // kLanes unsigned bytes, one per lane.
   static I load_u8(const uint8_t* p) {
     I y;
     for (int i = 0; i < 8; i++) y.lane[i] = p[i];
@@ -118,20 +121,33 @@ struct Simd {
     return each([&](int i) { return static_cast<float>(byte_of(x.lane[i], Byte)); });
   }
 
-  // sum + the exact sum over the four bytes of each lane of magnitude * (w ^ sign), with w ^ sign as a signed byte:
-  // magnitude in [0, 127], sign 0 or -1, any w.
-  static I dot4(I sum, I magnitude, I sign, I w) {
+  // Products of int8 codes of a row, in [-127, 127], and any int8 weights. store_quads puts 4 * kLanes codes into the form
+  // that dot4 wants, kQuadBytes for four, and returns correction + what all sums over these codes will lack, spread over
+  // the lanes in any way. load_quad: four of them, the same in each lane; not kSigned: none of the row is negative.
+  // load_weights: kLanes times four.
+  static constexpr int kQuadBytes = 4;
+  static I store_quads(I correction, I codes, uint8_t* to) {
+    store_bytes(to, codes);
+    return correction;
+  }
+  template <bool kSigned>
+  static I load_quad(const uint8_t* p) {
+    return broadcast4(p);
+  }
+  static I load_weights(const uint8_t* p) { return load_bytes(p); }
+  // sum + the sum over the four bytes of each lane of code * w, but for the correction.
+  static I dot4(I sum, I quad, I w) {
     for (int i = 0; i < 8; i++)
-      for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(magnitude.lane[i], b) * byte_of(w.lane[i] ^ sign.lane[i], b);
+      for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(quad.lane[i], b) * byte_of(w.lane[i], b);
     return sum;
   }
-  // dot4 of two, for weights that keep the bound of panels.h.
-  static I dot4_pair(I sum, I magnitude0, I sign0, I w0, I magnitude1, I sign1, I w1) {
-    return dot4(dot4(sum, magnitude0, sign0, w0), magnitude1, sign1, w1);
-  }
+  // kExactBytes: dot4 is the only one, at its best. Else dot4_pair is two of it, for weights that keep the bound of
+  // panels.h.
+  static constexpr bool kExactBytes = true;
+  static I dot4_pair(I sum, I quad0, I w0, I quad1, I w1) { return dot4(dot4(sum, quad0, w0), quad1, w1); }
 
-  // Eight numbers of `bits` <= 4 bits, from the lowest up.
-  static I split_bits(uint32_t word, int bits) {
+  // kLanes numbers of `bits` <= 4 bits, from the lowest up.
+  static I split_bits(uint64_t word, int bits) {
     I y;
     for (int i = 0; i < 8; i++) y.lane[i] = static_cast<int32_t>(word >> (i * bits) & ((1u << bits) - 1));
     return y;
@@ -240,13 +256,13 @@ struct Simd {
     for (int i = 0; i < 8; i++) sum += x.lane[i];
     return sum;
   }
-  // 32 signed bytes q = round-half-even(x * scale), where |x * scale| < 127.5.
+  // 4 * kLanes signed bytes q = round-half-even(x * scale), where |x * scale| < 127.5.
   static I codes(const F (&x)[4], F scale) {
     int8_t q[32];
     for (int i = 0; i < 32; i++) q[i] = static_cast<int8_t>(round(mul(x[i / 8], scale)).lane[i % 8]);
     return load_bytes(q);
   }
-  // 16 signed halves q = round-half-even(x * scale), where |x * scale| < 32767.5.
+  // 2 * kLanes signed halves q = round-half-even(x * scale), where |x * scale| < 32767.5.
   static I wide_codes(F low, F high, F scale) {
     int16_t q[16];
     for (int i = 0; i < 16; i++) q[i] = static_cast<int16_t>(round(mul(i < 8 ? low : high, scale)).lane[i % 8]);
@@ -260,17 +276,6 @@ struct Simd {
       x.lane[i + 1] = halves(half_of(first, 1), half_of(second, 1));
     }
     return x;
-  }
-  // 32 codes as 8 times {4 signs, 4 magnitudes}: sign 0 or 0xff. Returns negative + the magnitudes of the negative codes,
-  // spread over the lanes in any way.
-  static I store_codes(I negative, I q, uint8_t* to) {
-    for (int at = 0; at < 32; at++) {
-      const int code = byte_of(q.lane[at / 4], at % 4);
-      to[at / 4 * 8 + at % 4] = code < 0 ? 0xff : 0;
-      to[at / 4 * 8 + at % 4 + 4] = static_cast<uint8_t>(code < 0 ? -code : code);
-      negative.lane[at / 4] += code < 0 ? -code : 0;
-    }
-    return negative;
   }
 };
 
