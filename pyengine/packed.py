@@ -11,7 +11,6 @@ from torch import Tensor
 
 from . import memory
 from .formats import FormatError, WeightFormat
-from .reference import PAIR_LANES, PAIR_MAX_GROWTH, PAIR_TARGET
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "uint8": torch.uint8}
 
@@ -186,7 +185,7 @@ class PackedWeight:
         return weight
 
     @classmethod
-    def quantize(cls, weight: Tensor, format: WeightFormat, *, pair_sum: bool = False) -> PackedWeight:
+    def quantize(cls, weight: Tensor, format: WeightFormat) -> PackedWeight:
         """Round a float (N, K) weight to nearest: to the bit what reference.quantize_weight states.
 
         Raises ValueError if the weight is not finite or has no values.
@@ -197,7 +196,7 @@ class PackedWeight:
         n, k = weight.shape
         scale = torch.empty(n, format.groups(k), device=weight.device)
         for rows in row_blocks(n, k):
-            scale[rows] = _scales(weight[rows].detach().float(), format, pair_sum)
+            scale[rows] = _scales(weight[rows].detach().float(), format)
         zero = None
         if format.encoding == "uint":
             zero = torch.empty_like(scale)
@@ -269,22 +268,10 @@ def grouped(w: Tensor, format: WeightFormat) -> Tensor:
     return torch.nn.functional.pad(w, (0, format.groups(k) * size - k)).view(n, -1, size)
 
 
-def _pair_scale(w: Tensor) -> Tensor:
-    k = w.shape[1]
-    octets = torch.nn.functional.pad(w.abs(), (0, -k % 8 if k else 8)).unflatten(1, (-1, 8))
-    sums = [
-        ((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES
-    ]
-    return torch.maximum(*sums).amax(1, keepdim=True) / PAIR_TARGET
-
-
-def _scales(w: Tensor, format: WeightFormat, pair_sum: bool) -> Tensor:
+def _scales(w: Tensor, format: WeightFormat) -> Tensor:
     """float32 (N, groups), before they are stored."""
     if format.encoding == "int":
         scale = grouped(w.abs(), format).amax(2) / (2 ** (format.bits - 1) - 1)
-        if pair_sum:
-            wanted = _pair_scale(w)
-            scale = torch.where(wanted <= scale * PAIR_MAX_GROWTH, torch.maximum(scale, wanted), scale)
     else:
         (low, high), top = extremes(grouped(w, format)), 2**format.bits - 1
         scale = high / top - low / top

@@ -241,7 +241,7 @@ def quantize(weight: Tensor, scheme: Scheme, method: str | None = None) -> Packe
         weight = as_matrix(weight)
     method = default_method(scheme) if method is None else method
     if method == "round":
-        return PackedWeight.quantize(weight, scheme.format, pair_sum=scheme.pairs)
+        return PackedWeight.quantize(weight, scheme.format)
     if method == "mse":
         return mse(weight, scheme.format)
     if method == "hqq":

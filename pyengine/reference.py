@@ -16,14 +16,6 @@ from .formats import A8, FLOAT, ActivationSpec, WeightFormat
 
 Array = NDArray[Any]
 
-# Kernels add |a| (w ^ s) of these four of every 8 codes in 16 bits, s being 0 or -1: exact if the larger of
-# |w| and |~w| sums to at most 258, since 258 * 127 = 32766. The quantizer aims at 252 for the sum of |w|:
-# rounding may add a half to each of the four, and ~w one.
-PAIR_LANES = ((0, 1, 4, 5), (2, 3, 6, 7))
-PAIR_LIMIT = 258
-PAIR_TARGET = 252
-PAIR_MAX_GROWTH = 1.5
-
 
 def pack_codes(codes: Array, bits: int) -> Array:
     """(N, K) codes in [0, 2**bits) -> (N, ceil(K * bits / 8)) uint8.
@@ -78,21 +70,7 @@ def _grouped(w: Array, format: WeightFormat, fill: float) -> Array:
     return padded.reshape(n, groups, size)
 
 
-def pair_scale(w: Array) -> Array:
-    """The smallest scale (N, 1) with which every four paired codes keep the sum PAIR_TARGET."""
-    n, k = w.shape
-    padded = np.zeros((n, -(-max(k, 1) // 8) * 8), np.float32)
-    padded[:, :k] = np.abs(w)
-    octets = padded.reshape(n, padded.shape[1] // 8, 8)
-    sums = [
-        ((octets[..., a] + octets[..., b]) + octets[..., c]) + octets[..., d] for a, b, c, d in PAIR_LANES
-    ]
-    return np.asarray(np.maximum(*sums).max(axis=1, keepdims=True) / np.float32(PAIR_TARGET))
-
-
-def quantize_weight(
-    w: Array, format: WeightFormat, pair_sum: bool = False
-) -> tuple[Array, Array, Array | None]:
+def quantize_weight(w: Array, format: WeightFormat) -> tuple[Array, Array, Array | None]:
     """Round to nearest: float32 (N, K) -> codes uint8 (N, K), scale (N, groups), zero (N, groups) or None.
 
     int: scale = amax / (2**(bits-1) - 1), code = round(w / scale) + 2**(bits-1).
@@ -109,11 +87,6 @@ def quantize_weight(
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         if format.encoding == "int":
             scale = _grouped(np.abs(w), format, 0.0).max(axis=2) / np.float32(top)
-            if pair_sum:
-                wanted = pair_scale(w)
-                scale = np.where(
-                    wanted <= scale * np.float32(PAIR_MAX_GROWTH), np.maximum(scale, wanted), scale
-                )
         else:
             low = np.minimum(_grouped(w, format, 0.0).min(axis=2), np.float32(0))
             high = np.maximum(_grouped(w, format, 0.0).max(axis=2), np.float32(0))

@@ -19,8 +19,7 @@ class Scheme:
     bits, group_size, symmetric: of the weight; group_size 0 is one scale per output channel.
     activation_bits: 0 leaves activations float; 8 and 16 quantize each row at run time; `static` takes
     calibrated scales. scale_dtype: of the weight's scales; None is float16 for groups and float32 per
-    channel. pair_sum: enlarge a channel's scale by at most 1.5x where that lets kernels add two products in
-    16 bits (formats with 8-bit weights and activations); None is on exactly there.
+    channel.
     numerics: exact, or fast to admit kernels whose float error is larger than that of the integers
     themselves.
     """
@@ -31,7 +30,6 @@ class Scheme:
     symmetric: bool = True
     static: bool = False
     scale_dtype: str | None = None
-    pair_sum: bool | None = None
     numerics: str = "exact"
 
     def __post_init__(self) -> None:
@@ -94,9 +92,3 @@ class Scheme:
     @property
     def input_spec(self) -> ActivationSpec:
         return {0: FLOAT, 8: A8, 16: A16}[self.activation_bits]
-
-    @property
-    def pairs(self) -> bool:
-        """Whether the pair-sum option applies."""
-        fits = self.bits == 8 and self.symmetric and self.activation_bits == 8 and not self.group_size
-        return fits if self.pair_sum is None else self.pair_sum and fits

@@ -82,24 +82,20 @@ def weight_of(format, values, scale):
 
 
 def random_weight(format, n, k, seed=0, kind="full"):
-    """kind, for 8-bit codes: full: every code, also the -128 of imported weights. paired: small enough for
-    two products in 16 bits. extreme: -127 and 127. lowest: -128 throughout. limit: the magnitudes that
-    reference.PAIR_LIMIT is about sum up to 258 in each quadruple of lanes or, here and there, to 259.
+    """kind, for 8-bit codes: full: every code, also the -128 of imported weights. small: up to 63.
+    extreme: -127 and 127. lowest: -128 throughout.
     """
     rng = np.random.default_rng([n, k, seed])
     top = 3 if format.encoding == "ternary" else 2**format.bits
     codes = rng.integers(0, top, (n, k))
     if format.encoding == "int" and format.bits == 8 and kind != "full":
         sign = rng.choice([-1, 1], (n, k))
-        quads = np.array([127, 2, 2, 127, 127, 2, 127, 2]) + (rng.random((n, -(-k // 8), 8)) < 0.01)
-        quads = quads.reshape(n, quads.shape[1] * 8)[:, :k]
         codes = (
             128
             + {
-                "paired": lambda: rng.integers(-63, 64, (n, k)),
+                "small": lambda: rng.integers(-63, 64, (n, k)),
                 "extreme": lambda: 127 * sign,
                 "lowest": lambda: np.full((n, k), -128),
-                "limit": lambda: np.where(sign < 0, -quads, quads - 1),
             }[kind]()
         )
     shape = n, format.groups(k)

@@ -165,24 +165,24 @@ def test_name_and_scheme_parse_are_inverse(bits, activation_bits, group_size, sy
 
 
 @pytest.mark.parametrize(
-    ("text", "format", "activations", "pairs"),
+    ("text", "format", "activations"),
     [
-        ("w8", "int8", "float", False),
-        ("w8a8", "int8", "a8", True),
-        ("w8a8_g32", "int8_g32", "a8", False),
-        ("w8a8_asym", "uint8", "a8", False),
-        ("w4", "int4", "float", False),
-        ("w4_g32", "int4_g32", "float", False),
-        ("w4_g128_asym", "uint4_g128", "float", False),
-        ("w4a8_g32_asym", "uint4_g32", "a8", False),
-        ("w1_asym", "uint1", "float", False),
-        ("w8a16", "int8", "a16", False),
-        ("w4a16_g32_asym", "uint4_g32", "a16", False),
+        ("w8", "int8", "float"),
+        ("w8a8", "int8", "a8"),
+        ("w8a8_g32", "int8_g32", "a8"),
+        ("w8a8_asym", "uint8", "a8"),
+        ("w4", "int4", "float"),
+        ("w4_g32", "int4_g32", "float"),
+        ("w4_g128_asym", "uint4_g128", "float"),
+        ("w4a8_g32_asym", "uint4_g32", "a8"),
+        ("w1_asym", "uint1", "float"),
+        ("w8a16", "int8", "a16"),
+        ("w4a16_g32_asym", "uint4_g32", "a16"),
     ],
 )
-def test_a_scheme_says_what_its_text_says(text, format, activations, pairs):
+def test_a_scheme_says_what_its_text_says(text, format, activations):
     scheme = Scheme.parse(text)
-    assert (scheme.format.name, scheme.input_spec.name, scheme.pairs) == (format, activations, pairs)
+    assert (scheme.format.name, scheme.input_spec.name) == (format, activations)
 
 
 @pytest.mark.parametrize(
@@ -241,9 +241,3 @@ def test_a_scheme_of_another_type_raises_type_error(thing):
 def test_a_scheme_that_makes_no_sense_is_refused(arguments):
     with pytest.raises(ValueError, match=str(next(iter(arguments.values())))):
         Scheme(**arguments)
-
-
-def test_pairing_can_be_switched_off_but_not_on_where_it_does_not_apply():
-    assert not Scheme(8, 8, pair_sum=False).pairs
-    assert not Scheme(4, 8, pair_sum=True).pairs
-    assert not Scheme(8, 0, pair_sum=True).pairs

@@ -103,22 +103,15 @@ def test_a_kernel_touches_nothing_outside_its_arrays(kernel, format, spec, at_en
     in_child(check)
 
 
-@pytest.mark.parametrize(
-    ("octet", "paired"),
-    [
-        ([-127, -2, 0, 0, -127, -2, 0, 0], True),  # 258 in the lanes 0, 1, 4, 5
-        ([-127, -2, 0, 0, -127, -3, 0, 0], False),
-        ([0, 0, -64, -65, 0, 0, -64, -65], True),  # 258 in the lanes 2, 3, 6, 7
-        ([0, 0, -65, -65, 0, 0, -64, -65], False),
-        ([126, 1, 0, 0, 126, 1, 0, 0], True),  # w + 1 counts where w is not negative
-        ([126, 1, 0, 0, 126, 2, 0, 0], False),
-        ([-127, -2, -2, -127, 0, 0, 0, 0], True),
-    ],
-)
-def test_the_packer_pairs_up_to_the_limit_and_not_beyond(octet, paired):
-    """The flag of each panel, see csrc/kernels/linear/panels.h. Else only one of two code paths would be
-    tested, or the wrong one would run."""
-    values = np.zeros((17, 24), np.int64)
-    values[16, 8:16] = octet
-    layout = cpu.PANELS.pack(weight_of(INT8, values, [[1.0]]))
-    assert layout[2 * 16 * 4 :][:2].tolist() == [1, int(paired)]
+def test_the_packer_states_how_large_activations_may_be():
+    """See csrc/kernels/linear/panels.h: the largest sum of squares of max(|w|, |~w|) over all rows,
+    for each 16 codes along K and both kinds of words."""
+    values = np.random.default_rng(0).integers(-128, 128, (33, 40))
+    values[:, 16:32] //= 64
+    layout = cpu.PANELS.pack(weight_of(INT8, values, np.ones((33, 1), np.float32)))
+    t = np.zeros((33, 48), np.int64) + 1
+    t[:, :40] = np.maximum(np.abs(values), np.abs(~values))
+    energy = (t.reshape(33, 3, 4, 2, 2) ** 2).sum((2, 4)).max(0)
+    stored = layout[3 * 16 * 4 :][:12].view(torch.uint16).reshape(3, 2)
+    assert stored.tolist() == np.minimum(32767**2 // energy, 65534).tolist()
+    assert stored[1].tolist() == [65534, 65534]

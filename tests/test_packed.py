@@ -77,14 +77,14 @@ hostile = st.one_of(
 )
 
 
-def assert_rounds_like_the_reference(w, format, pair_sum=False):
-    codes, scale, zero = reference.quantize_weight(w, format, pair_sum)
+def assert_rounds_like_the_reference(w, format):
+    codes, scale, zero = reference.quantize_weight(w, format)
     # 1-bit weights whose range is wider than float32 have no scale that could be stored.
     if not np.isfinite(scale).all():
         with pytest.raises(FormatError, match="not finite"):
-            PackedWeight.quantize(torch.from_numpy(w), format, pair_sum=pair_sum)
+            PackedWeight.quantize(torch.from_numpy(w), format)
         return None
-    weight = PackedWeight.quantize(torch.from_numpy(w), format, pair_sum=pair_sum)
+    weight = PackedWeight.quantize(torch.from_numpy(w), format)
     got_codes, got_scale, got_zero, got_format = arrays(weight)
     np.testing.assert_array_equal(got_codes, codes)
     assert got_scale.dtype == scale.dtype
@@ -110,38 +110,6 @@ def test_rounding_of_gaussian_weights_equals_the_reference_at_every_size(name, s
     w[3] = 0
     w[:, 32:64] = 0
     assert_rounds_like_the_reference(w, ROUNDED[name])
-
-
-@given(
-    data=st.data(),
-    shape=shapes,
-    spread=st.sampled_from(["gauss", "uniform", "hostile"]),
-    seed=st.integers(0, 99),
-)
-def test_pair_sums_equal_the_reference_and_keep_their_bound(data, shape, spread, seed):
-    rng = np.random.default_rng(seed)
-    if spread == "hostile":
-        w = data.draw(hnp.arrays(np.float32, shape, elements=hostile))
-    else:
-        w = (rng.standard_normal(shape) if spread == "gauss" else rng.uniform(-1, 1, shape)).astype(
-            np.float32
-        )
-    plain = assert_rounds_like_the_reference(w, parse_format("int8"))
-    weight = assert_rounds_like_the_reference(w, parse_format("int8"), pair_sum=True)
-    grown = weight.scale > plain.scale
-    assert bool((weight.scale >= plain.scale).all())
-    assert bool((weight.scale <= plain.scale * reference.PAIR_MAX_GROWTH * (1 + 2.0**-23)).all())
-    values = np.zeros((shape[0], -(-shape[1] // 8) * 8), np.int64)
-    values[:, : shape[1]] = reference.code_values(arrays(weight)[0], None, weight.format)
-    octets = np.maximum(np.abs(values), np.abs(~values)).reshape(shape[0], values.shape[1] // 8, 8)
-    lanes = [octets[..., list(lanes)].sum(-1).max(axis=1, initial=0) for lanes in reference.PAIR_LANES]
-    assert (np.maximum(*lanes)[grown.numpy()[:, 0]] <= reference.PAIR_LIMIT).all()
-
-
-def test_pairing_does_enlarge_some_scale_of_gaussian_weights():
-    w = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    plain, grown = (PackedWeight.quantize(w, parse_format("int8"), pair_sum=on).scale for on in (False, True))
-    assert int((grown > plain).sum()) > 10
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -241,13 +241,3 @@ def test_progress_is_silent_away_from_a_terminal(capsys):
     for progress in (None, False):
         pe.quantize_(make(), "w8", progress=progress)
     assert capsys.readouterr() == ("", "")
-
-
-def test_the_report_says_what_the_pair_sum_option_costs():
-    """The first row would need more than 1.5x and keeps its step; the second gets what it needs."""
-    weight = torch.zeros(2, 8)
-    weight[0, [0, 1]], weight[0, [4, 5]] = 1.0, 0.5  # 3 / 252 against 1 / 127: 1.512x
-    weight[1, [0, 1]], weight[1, 4] = 1.0, 0.5  # 2.5 / 252: 1.260x
-    model = nn.Sequential(nn.Linear(8, 2))
-    model[0].weight.data.copy_(weight)
-    assert pe.quantize_(model, "w8a8").changes[0].note == "pair sums: steps 1.13x, at most 1.26x"

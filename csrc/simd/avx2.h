@@ -60,38 +60,41 @@ struct Simd {
     return to_float(_mm256_srai_epi32(Byte == 3 ? x : _mm256_slli_epi32(x, 24 - 8 * Byte), 24));
   }
 
-  // vpmaddubsw multiplies unsigned by signed bytes. The signed product a w is |a| (w ^ s), with s = 0 or, for negative a,
-  // -1: then w ^ s is w or -w - 1, and the sum of |a| (w ^ s) lacks the sum of the |a| of negative a. An exclusive or is
-  // cheaper than negating w, and |w ^ s| is at most 128 for every w. Four codes are stored as {4 signs, 4 magnitudes}.
-  static constexpr int kQuadBytes = 8;
-  static I store_quads(I correction, I codes, uint8_t* to) {
+  // ---- for kernels/linear/int8_a8_words.inc, which says what they are for ----
+
+  // In each word, the sum of two products of an unsigned byte and a signed one, with saturation.
+  static I products(I magnitude, I w) { return _mm256_maddubs_epi16(magnitude, w); }
+  static I flip(I w, I sign) { return _mm256_xor_si256(w, sign); }
+  static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
+  // sum + the two signed words of each lane.
+  static I add_widened(I sum, I words) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+    __asm__("" : "+x"(sum));  // see dot2
+    return sum;
+  }
+  // 32 codes as 8 times {4 signs, 4 magnitudes}: sign 0 or 0xff. Returns negative + the magnitudes of the negative codes,
+  // spread over the lanes.
+  static I store_signs_and_magnitudes(I negative, I codes, uint8_t* to) {
     const I sign = _mm256_cmpgt_epi8(zero_i(), codes), magnitude = _mm256_abs_epi8(codes);
     const I first = _mm256_unpacklo_epi32(sign, magnitude), second = _mm256_unpackhi_epi32(sign, magnitude);
     store_bytes(to, _mm256_permute2x128_si256(first, second, 0x20));
     store_bytes(to + 32, _mm256_permute2x128_si256(first, second, 0x31));
-    return _mm256_add_epi32(correction, _mm256_sad_epu8(_mm256_and_si256(sign, magnitude), zero_i()));
+    return _mm256_add_epi32(negative, _mm256_sad_epu8(_mm256_and_si256(sign, magnitude), zero_i()));
   }
-  template <bool kSigned>
-  struct Quad {
-    I magnitude, sign;
-    I products(I w) const { return _mm256_maddubs_epi16(magnitude, kSigned ? _mm256_xor_si256(w, sign) : w); }
-  };
-  template <bool kSigned>
-  static Quad<kSigned> load_quad(const uint8_t* p) {
-    return {broadcast4(p + 4), kSigned ? broadcast4(p) : zero_i()};
-  }
-  static I load_weights(const uint8_t* p) { return load_bytes(p); }
-  // vpmaddubsw adds pairs in 16 bits, saturating: 2 * 127 * 128 = 32512 fits.
-  template <bool kSigned>
-  static I dot4(I sum, Quad<kSigned> quad, I w) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(quad.products(w), _mm256_set1_epi16(1)));
-  }
-  // Two products are added in 16 bits before they are widened once: the bound of panels.h makes that exact.
-  static constexpr bool kExactBytes = false;
-  template <bool kSigned>
-  static I dot4_pair(I sum, Quad<kSigned> quad0, I w0, Quad<kSigned> quad1, I w1) {
-    const I pairs = _mm256_add_epi16(quad0.products(w0), quad1.products(w1));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  // Of two groups of 16 codes, or of the first: bit 0 and 1 where the sums of squares are beyond their limits. A code -128
+  // counts as beyond any.
+  static unsigned beyond_limits(I codes, const uint16_t* limits, bool both) {
+    const I magnitude = _mm256_abs_epi8(codes);
+    I energy = _mm256_maddubs_epi16(magnitude, magnitude);
+    energy = _mm256_adds_epu16(energy, _mm256_shuffle_epi32(energy, 0x4e));
+    energy = _mm256_adds_epu16(energy, _mm256_shuffle_epi32(energy, 0xb1));
+    uint64_t pairs = 0;
+    std::memcpy(&pairs, limits, both ? 8 : 4);
+    const I spread = _mm256_castsi128_si256(_mm_cvtsi64_si128(static_cast<int64_t>(pairs)));
+    const I limit = _mm256_permutevar8x32_epi32(spread, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+    const I within = _mm256_cmpeq_epi64(_mm256_subs_epu16(energy, limit), zero_i());
+    const unsigned mask = static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(within)));
+    return (~mask & 1u) | (~mask >> 1 & 2u);
   }
 
   static I split_bits(uint64_t word, int bits) {

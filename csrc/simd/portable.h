@@ -122,17 +122,10 @@ struct Simd {
   }
 
   // Products of int8 codes of a row, in [-127, 127], and any int8 weights. store_quads puts 4 * kLanes codes into the form
-  // that dot4 wants, kQuadBytes for four, and returns correction + what all sums over these codes will lack, spread over
-  // the lanes in any way. load_quad: four of them, the same in each lane; not kSigned: none of the row is negative.
-  // load_weights: kLanes times four.
-  static constexpr int kQuadBytes = 4;
+  // that dot4 wants, and returns correction + what all sums over these codes will lack, spread over the lanes in any way.
   static I store_quads(I correction, I codes, uint8_t* to) {
     store_bytes(to, codes);
     return correction;
-  }
-  template <bool kSigned>
-  static I load_quad(const uint8_t* p) {
-    return broadcast4(p);
   }
   static I load_weights(const uint8_t* p) { return load_bytes(p); }
   // sum + the sum over the four bytes of each lane of code * w, but for the correction.
@@ -141,10 +134,6 @@ struct Simd {
       for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(quad.lane[i], b) * byte_of(w.lane[i], b);
     return sum;
   }
-  // kExactBytes: dot4 is the only one, at its best. Else dot4_pair is two of it, for weights that keep the bound of
-  // panels.h.
-  static constexpr bool kExactBytes = true;
-  static I dot4_pair(I sum, I quad0, I w0, I quad1, I w1) { return dot4(dot4(sum, quad0, w0), quad1, w1); }
 
   // kLanes numbers of `bits` <= 4 bits, from the lowest up.
   static I split_bits(uint64_t word, int bits) {

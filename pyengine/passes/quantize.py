@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .. import nn as packed_nn
 from ..nn.packed_module import PackedModule
@@ -175,8 +175,6 @@ def _change(site: Site, layer: PackedModule, scheme: Scheme, method: str | None)
     note = ""
     if scheme.scale_dtype is None and format.scale_dtype != scheme.format.scale_dtype:
         note = "scales in float32: float16 would lose some"
-    if scheme.pairs and isinstance(layer, packed_nn.Linear) and method in (None, "round"):
-        note = _pair_cost(site, layer)
     activations = "" if layer.input_spec.mode == "float" else f" {layer.input_spec.name}"
     weight = site.module.weight
     assert not isinstance(weight, nn.Module)
@@ -191,18 +189,6 @@ def _change(site: Site, layer: PackedModule, scheme: Scheme, method: str | None)
         fallback=layer.prepared.kernel.fallback,
         note=note,
     )
-
-
-def _pair_cost(site: Site, layer: PackedModule) -> str:
-    """What the pair-sum option costs: how much larger a step is than without it, mean and largest."""
-    weight = site.module.weight
-    assert isinstance(weight, Tensor)
-    if not weight.numel():
-        return ""
-    step = weight.detach().float().abs().amax(1, keepdim=True) / 127
-    scale = layer.packed().scale
-    growth = scale[step > 0] / step[step > 0]
-    return f"pair sums: steps {growth.mean():.2f}x, at most {growth.max():.2f}x" if growth.numel() else ""
 
 
 @contextmanager

@@ -1,28 +1,29 @@
 // The layout "panels16x4" of an int8 weight (N, K), the same bytes for every instruction set:
 //
 //   scale   float32[N padded to 16]     0 in the padding
-//   paired  uint8[N / 16]               1 where dot4_pair is exact for the panel; then padded to 64 bytes
-//   panel   int8[N / 16][K / 4][16][4]  the codes of 16 rows of the weight, 4 along K at a time; N padded to 16 and
-//                                       K to 8 with zeros
+//   limits  uint16[K / 16][2]           see below; then padded to 64 bytes
+//   panel   int8[N / 16][K / 4][16][4]  the codes of 16 rows of the weight, 4 along K at a time; N padded to 16 and K to 16
+//                                       with zeros
 //
-// A panel is paired if each column keeps, in every 8 codes along K, t0 + t1 + t4 + t5 <= 258 and
-// t2 + t3 + t6 + t7 <= 258, where t = max(|w|, |~w|) is the larger magnitude that w ^ sign can have: 258 * 127 = 32766.
+// limits: for every 16 codes along K, how large the sum of the squares of eight codes of activations may be for their
+// products with t = max(|w|, |~w|) of any row to add up to at most 32767: 32767^2 / the largest sum of t^2, at most
+// 65534. The first number is for the codes 0, 1, 4, 5, 8, 9, 12, 13, the second for the others.
 #pragma once
 #include <cstdint>
 
 namespace pyengine {
 
-constexpr int64_t kPanel = 16;
+constexpr int64_t kPanel = 16, kGroup = 16;
 
 namespace {  // see dtypes.h
 struct Panels {
-  int64_t count, depth, paired, codes, bytes;  // number of panels, padded K, and offsets in bytes
+  int64_t count, depth, limits, codes, bytes;  // number of panels, padded K, and offsets in bytes
 
   Panels(int64_t N, int64_t K)
       : count((N + kPanel - 1) / kPanel),
-        depth((K + 7) / 8 * 8),
-        paired(count * kPanel * 4),
-        codes((paired + count + 63) / 64 * 64),
+        depth((K + kGroup - 1) / kGroup * kGroup),
+        limits(count * kPanel * 4),
+        codes((limits + depth / kGroup * 4 + 63) / 64 * 64),
         bytes(codes + count * kPanel * depth) {}
 };
 }  // namespace
