@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace pyengine {
@@ -34,6 +36,10 @@ bool isa_supported(const char* isa) {
 #if defined(__x86_64__)
   static const bool avx2 = has_avx2();
   if (std::strcmp(isa, "avx2") == 0) return avx2;
+#elif defined(__aarch64__) && defined(__linux__)
+  const bool dot = getauxval(AT_HWCAP) & HWCAP_ASIMDDP, matrix = getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+  if (std::strcmp(isa, "neondot") == 0) return dot;
+  if (std::strcmp(isa, "i8mm") == 0) return dot && matrix;
 #endif
   return false;
 }
