@@ -5,6 +5,7 @@ does not know is left out of the build, and then out of the kernel table.
 """
 
 import glob
+import json
 import os
 import subprocess
 import sysconfig
@@ -15,8 +16,9 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# -fno-tree-pre keeps GCC from hoisting loads out of the tile loops, which would spill accumulators.
-ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c", "-fno-tree-pre"]}
+# -fno-tree-pre and -fno-schedule-insns keep GCC from hoisting loads in the tile loops, which would spill accumulators.
+with open("csrc/isas.json") as file:
+    ISA_FLAGS = {name: isa["flags"] for name, isa in json.load(file).items()}
 # As system headers, so that our warnings judge our code only.
 HEADERS = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wno-sign-conversion", "-Wno-ignored-attributes"]

@@ -36,6 +36,8 @@ LAYOUTS = {
         kernel.serves(ops.Problem(kernel.op, format, spec, "cpu")) for spec in (FLOAT, A8)
     )
 }  # fmt: skip
+# Of kernels that this machine may not have.
+LAYOUTS |= {f"panels16x8-{name}": (cpu.OCTETS, EVERY_FORMAT[name]) for name in ("int8", "int8_f16")}
 
 
 @pytest.mark.parametrize("case", LAYOUTS)

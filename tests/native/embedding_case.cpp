@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "float_control.h"
 #include "values.h"
 
 using namespace pyengine;
@@ -89,7 +90,11 @@ std::string EmbeddingCase::check() {
   if (!memory().y.margins_intact()) return "wrote outside y";
   const std::vector<uint8_t> y(memory().y.data(), memory().y.data() + memory().y.size());
   memory().y.poison();
-  if (embedding(entry_.kernel, args_) != -1) return "refuses an id in range";
+  {
+    const OtherFloatControl control;
+    if (embedding(entry_.kernel, args_) != -1) return "refuses an id in range";
+    if (!control.intact()) return "embedding() changes the control register";
+  }
   if (y != std::vector<uint8_t>(memory().y.data(), memory().y.data() + memory().y.size()))
     return "embedding() gives other bits than the kernel";
   // A cast to 16 bits rounds to nearest.

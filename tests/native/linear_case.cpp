@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "float_control.h"
 #include "kernels/linear/nibbles.h"
+#include "kernels/linear/octets.h"
 #include "kernels/linear/panels.h"
 #include "values.h"
 
@@ -167,8 +169,11 @@ void LinearCase::make_panels() {
       set_weight(n, k, code, value, std::fabs(value));
     }
   }
-  uint8_t* layout = memory_.layout.take(static_cast<size_t>(Panels(N, K).bytes), at_end_);
-  pack_panels(qdata.data(), scale.data(), N, K, layout);
+  panels_layout_.resize(static_cast<size_t>(Panels(N, K).bytes));
+  pack_panels(qdata.data(), scale.data(), N, K, panels_layout_.data());
+  const bool octets = std::strcmp(entry_.isa, "i8mm") == 0;
+  uint8_t* layout = memory_.layout.take(octets ? static_cast<size_t>(Octets(N, K).bytes) : panels_layout_.size(), at_end_);
+  octets ? pack_octets(qdata.data(), scale.data(), N, K, layout) : pack_panels(qdata.data(), scale.data(), N, K, layout);
   args_.layout = layout;
 }
 
@@ -251,7 +256,9 @@ std::string LinearCase::check(bool native) {
   if (native) {
     memory_.y.poison();
     memory_.workspace.poison();
+    const OtherFloatControl control;
     linear(*entry_.kernel, args_);
+    if (!control.intact()) return "linear() changes the control register";
     if (y != std::vector<uint8_t>(memory_.y.data(), memory_.y.data() + memory_.y.size()))
       return "linear() gives other bits than the calls";
   }
@@ -260,9 +267,11 @@ std::string LinearCase::check(bool native) {
   for (const LinearEntry& portable : kLinear)
     if (std::strcmp(portable.variant, entry_.variant) == 0 && std::strcmp(portable.isa, "portable") == 0) {
       memory_.y.poison();
-      args_.workspace =
-          memory_.workspace.take(static_cast<size_t>(linear_workspace_bytes(*portable.kernel, args_)), at_end_, 64);
-      linear(*portable.kernel, args_);
+      LinearArgs args = args_;
+      if (panels_) args.layout = panels_layout_.data();
+      args.workspace =
+          memory_.workspace.take(static_cast<size_t>(linear_workspace_bytes(*portable.kernel, args)), at_end_, 64);
+      linear(*portable.kernel, args);
       const std::vector<uint8_t> expected(memory_.y.data(), memory_.y.data() + memory_.y.size());
       std::memcpy(memory_.y.data(), y.data(), y.size());
       return compare_floats(expected.data());

@@ -62,6 +62,7 @@ class LinearCase {
   int activation_bits_ = 0;  // 0: activations stay float
   bool panels_;              // else nibbles
   pyengine::LinearArgs args_{};
+  std::vector<uint8_t> panels_layout_;  // panels16x4, for the portable kernel where this one has another layout
   std::vector<int32_t> codes_;  // (N, K) q - zero, where zero is whole
   std::vector<double> weight_;  // (N, K) scale * (q - zero)
   std::vector<double> size_;    // (N, K) the magnitudes that kernels subtract, scale * (q + zero)
