@@ -16,7 +16,8 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# -fno-tree-pre and -fno-schedule-insns keep GCC from hoisting loads in the tile loops, which would spill accumulators.
+# -fno-tree-pre and -fno-schedule-insns keep GCC from hoisting loads in the tile loops, which would spill
+# accumulators.
 with open("csrc/isas.json") as file:
     ISA_FLAGS = {name: isa["flags"] for name, isa in json.load(file).items()}
 # As system headers, so that our warnings judge our code only.

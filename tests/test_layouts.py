@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pyengine import _C, ops
 from pyengine.backends import KERNELS, cpu
 from pyengine.formats import A8, FLOAT, parse_format
+from pyengine.registry import Problem, choose
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -124,3 +125,15 @@ def test_the_packer_pairs_up_to_the_limit_and_not_beyond(octet, paired):
     values[16, 8:16] = octet
     layout = cpu.PANELS.pack(weight_of(INT8, values, [[1.0]]))
     assert layout[2 * 16 * 4 :][:2].tolist() == [1, int(paired)]
+
+
+def test_where_there_is_smmla_int8_a8_has_a_layout_of_its_own_and_neondot_serves_the_rest():
+    rows = [("int8_a8", "i8mm"), ("int8_a8", "neondot"), ("int4_a8", "neondot"), ("int8", "neondot")]
+    kernels = [cpu._spec("linear", variant, isa, 0) for variant, isa in rows]
+    for format, spec, name, layout in (
+        ("int8", A8, "linear_int8_a8_i8mm", "panels16x8"),
+        ("int8", FLOAT, "linear_int8_neondot", "panels16x4"),
+        ("int4_g32", A8, "linear_int4_a8_neondot", "nibbles16x8"),
+    ):
+        kernel = choose(kernels, Problem("linear", parse_format(format), spec, "cpu"))
+        assert (kernel.name, kernel.layout.name) == (name, layout)
