@@ -23,7 +23,7 @@ from .torch import CANONICAL
 logger = logging.getLogger("pyengine")
 
 # In rising order of preference.
-ISAS = ("portable", "avx2", "neondot", "i8mm")
+ISAS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", "neondot", "i8mm")
 
 # As numbered in csrc/dtypes.h.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32, torch.int16)

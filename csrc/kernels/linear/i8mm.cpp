@@ -1,8 +1,12 @@
-// int8 weights with int8 activations by smmla; all else on a processor that has it is served by neondot. Of generic.inc
-// this takes the parts: the kernels that it defines under a name that kernels.inc does not have stay in this file and
-// are dropped.
-#define PYENGINE_ISA unlisted
+// int8_a8 by smmla. Rows are those of neondot, whose kernels serve all else on a processor that has it.
 #include "simd/neondot.h"
 
-#include "kernels/linear/generic.inc"
-#include "kernels/linear/int8_a8_octets.inc"
+#include "kernels/linear/epilogue.inc"
+#include "kernels/linear/quantize.inc"
+#include "kernels/linear/tiles.inc"
+#include "kernels/linear/int8_a8.inc"
+#include "kernels/linear/octets.inc"
+
+namespace pyengine {
+const LinearKernel linear_int8_a8_i8mm = {a8_workspace_bytes, a8_rows, octets_panels};
+}
