@@ -1,7 +1,6 @@
 // The primitives for AVX-512 with VNNI (F, BW, DQ, VL): 16 lanes, 32 registers. portable.h states what each one
 // computes. Not for embeddings, which wait for memory: they run the kernels of AVX2.
 #pragma once
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds this in its own immintrin.h
 #include <immintrin.h>
 
 #include <cstdint>

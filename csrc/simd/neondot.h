@@ -140,8 +140,8 @@ struct Simd {
   static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, a, w)}; }
   static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
-  // The halves that dot2 multiplies stand apart: the first ones of all lanes in the low register, the second ones in the
-  // high register. So a pair of weights times a pair of codes is one smlal by element for each.
+  // The halves that dot2 multiplies stand apart: the first ones of all lanes in the low register, the second ones in
+  // the high register. So a pair of weights times a pair of codes is one smlal by element for each.
   static I even_bytes(I x) { return widen(vuzp1q_s8(bytes(x.low), bytes(x.high))); }
   static I odd_bytes(I x) { return widen(vuzp2q_s8(bytes(x.low), bytes(x.high))); }
   // From two signed bytes per lane.
