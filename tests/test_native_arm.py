@@ -6,7 +6,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from native.build import CSRC, HERE, ISAS, build
+from native.build import ISAS, build
 
 PREFIX = "aarch64-linux-gnu-"
 EMULATOR = "qemu-aarch64-static"
@@ -63,15 +63,6 @@ def test_kernels_agree_with_plain_loops_and_with_the_portable_kernels(driver):
         runs = [pool.submit(output, EMULATOR, "-cpu", cpu, driver, *case) for cpu, *case in cases]
         for run in runs:
             assert run.result().endswith(" 0 failed\n")
-
-
-def test_primitives_compute_what_portable_says(tmp_path):
-    output(
-        f"{PREFIX}g++", "-static", "-std=c++17", "-O2", "-ffp-contract=off", *WARNINGS,
-        *ISAS["neondot"]["flags"], '-DPYENGINE_SIMD="simd/neondot.h"', f"-I{CSRC}",
-        HERE / "simd/primitives.cpp", "-o", tmp_path / "primitives",
-    )  # fmt: skip
-    assert " 0 of them differ" in output(EMULATOR, "-cpu", "cortex-a76", tmp_path / "primitives")
 
 
 def test_kernel_files_export_their_kernels_and_nothing_else(kernel_objects):

@@ -97,11 +97,12 @@ class Run {
     put("sub_i", S::sub_i(i, j));
     put("mul_i", S::mul_i(i, j));
     put("load_u8", S::load_u8(in_.bytes + n));
-    for (int bits = 1; bits <= 4; bits++) {
-      uint64_t word;
-      std::memcpy(&word, in_.bytes + n * bits / 8, 8);
-      put("split_bits", S::split_bits(word, bits));
-    }
+    if constexpr (S::kLanes == 8)  // of embeddings, which take eight codes at a time
+      for (int bits = 1; bits <= 4; bits++) {
+        uint64_t word;
+        std::memcpy(&word, in_.bytes + n * bits / 8, 8);
+        put("split_bits", S::split_bits(word, bits));
+      }
     put("byte_to_float", S::template byte_to_float<0>(i));
     put("byte_to_float", S::template byte_to_float<1>(i));
     put("byte_to_float", S::template byte_to_float<2>(i));
@@ -219,7 +220,7 @@ int main() {
   for (int round = 0; round < 300; round++) {
     const Inputs in = inputs(random);
     const Results expected = Run<portable::Simd>(in).results(), actual = Run<Simd>(in).results();
-    for (const auto& [name, values] : expected) differ[name] += actual.at(name) != values;
+    for (const auto& [name, values] : actual) differ[name] += expected.at(name) != values;
   }
   int failures = 0;
   for (const auto& [name, count] : differ) {
