@@ -18,9 +18,9 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# {instruction set: processors that may have it, compiler flags}. -fno-tree-pre and -fno-schedule-insns keep GCC
-# from hoisting loads in the tile loops, which would spill accumulators. -Wno-*uninitialized: GCC 12 finds that in
-# its own AVX-512 header.
+# {instruction set: processors that may have it, compiler flags}. -fno-tree-pre and -fno-schedule-insns keep
+# GCC from hoisting loads in the tile loops, which would spill accumulators. -Wno-*uninitialized: GCC 12 finds
+# that in its own AVX-512 header.
 ISAS = json.loads(Path("csrc/isas.json").read_text())
 ARCH = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 # As system headers, so that our warnings judge our code only.
