@@ -5,18 +5,24 @@ does not know is left out of the build, and then out of the kernel table.
 """
 
 import glob
+import json
 import os
+import platform
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# -fno-tree-pre keeps GCC from hoisting loads out of the tile loops, which would spill accumulators.
-ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c", "-fno-tree-pre"]}
+# {instruction set: processors that may have it, compiler flags}. -fno-tree-pre and -fno-schedule-insns keep
+# GCC from hoisting loads in the tile loops, which would spill accumulators. -Wno-*uninitialized: GCC 12 finds
+# that in its own AVX-512 header.
+ISAS = json.loads(Path("csrc/isas.json").read_text())
+ARCH = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 # As system headers, so that our warnings judge our code only.
 HEADERS = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Wno-sign-conversion", "-Wno-ignored-attributes"]
@@ -32,9 +38,11 @@ class BuildExt(build_ext):
         return subprocess.run(command, input=b"", capture_output=True).returncode == 0
 
     def build_extension(self, ext):
-        isas = {name: flags for name, flags in ISA_FLAGS.items() if self.knows(flags)}
+        isas = {
+            name: isa["flags"] for name, isa in ISAS.items() if isa["arch"] == ARCH and self.knows(isa["flags"])
+        }
         ext.define_macros += [(f"PYENGINE_{name.upper()}", "1") for name in isas]
-        ext.sources = [s for s in ext.sources if stem(s) in isas or stem(s) not in ISA_FLAGS]
+        ext.sources = [s for s in ext.sources if stem(s) in isas or stem(s) not in ISAS]
         compiler = self.compiler
         compile_one = compiler._compile
 
@@ -62,7 +70,7 @@ extension = Pybind11Extension(
     "pyengine._C",
     sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/kernels/*/*.cpp")),
     include_dirs=["csrc"],
-    depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inc", recursive=True),
+    depends=["csrc/isas.json"] + glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inc", recursive=True),
     cxx_std=17,
     # Contraction is off so that a multiply and an add are fused only where a kernel says so.
     extra_compile_args=[

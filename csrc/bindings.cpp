@@ -14,6 +14,7 @@
 #include "kernels/embedding/embedding.h"
 #include "kernels/linear/linear.h"
 #include "kernels/linear/nibbles.h"
+#include "kernels/linear/octets.h"
 #include "kernels/linear/panels.h"
 #include "parallel.h"
 
@@ -208,5 +209,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpack_panels", [](uintptr_t layout, int64_t N, int64_t K, uintptr_t qdata, uintptr_t scale) {
     py::gil_scoped_release release;
     unpack_panels(pointer<const uint8_t>(layout), N, K, pointer<uint8_t>(qdata), pointer<float>(scale));
+  });
+  m.def("octets_bytes", [](int64_t N, int64_t K) { return Octets(N, K).bytes; });
+  m.def("pack_octets", [](uintptr_t qdata, uintptr_t scale, int64_t N, int64_t K, uintptr_t layout) {
+    py::gil_scoped_release release;
+    pack_octets(pointer<const uint8_t>(qdata), pointer<const float>(scale), N, K, pointer<uint8_t>(layout));
+  });
+  m.def("unpack_octets", [](uintptr_t layout, int64_t N, int64_t K, uintptr_t qdata, uintptr_t scale) {
+    py::gil_scoped_release release;
+    unpack_octets(pointer<const uint8_t>(layout), N, K, pointer<uint8_t>(qdata), pointer<float>(scale));
   });
 }

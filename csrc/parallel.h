@@ -31,6 +31,19 @@ class FloatEnvironment {
  private:
   static constexpr unsigned kStatus = 0x3f, kDefault = 0x1f80;
   unsigned saved_;
+#elif defined(__aarch64__)
+  FloatEnvironment() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    if (saved_) set(0);
+  }
+  ~FloatEnvironment() {
+    if (saved_) set(saved_);
+  }
+
+ private:
+  // All bits of FPCR ask for something else than IEEE: flush to zero, other roundings, the default NaN, other halves.
+  static void set(uint64_t bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits) : "memory"); }
+  uint64_t saved_;
 #else
   FloatEnvironment() {}
 #endif

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pyengine import _C, ops
 from pyengine.backends import KERNELS, cpu
 from pyengine.formats import A8, FLOAT, parse_format
+from pyengine.registry import Problem, choose
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -36,6 +37,8 @@ LAYOUTS = {
         kernel.serves(ops.Problem(kernel.op, format, spec, "cpu")) for spec in (FLOAT, A8)
     )
 }  # fmt: skip
+# Of kernels that this machine may not have.
+LAYOUTS |= {f"panels16x8-{name}": (cpu.OCTETS, EVERY_FORMAT[name]) for name in ("int8", "int8_f16")}
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
@@ -115,3 +118,15 @@ def test_the_packer_states_how_large_activations_may_be():
     stored = layout[3 * 16 * 4 :][:12].view(torch.uint16).reshape(3, 2)
     assert stored.tolist() == np.minimum(32767**2 // energy, 65534).tolist()
     assert stored[1].tolist() == [65534, 65534]
+
+
+def test_where_there_is_smmla_int8_a8_has_a_layout_of_its_own_and_neondot_serves_the_rest():
+    rows = [("int8_a8", "i8mm"), ("int8_a8", "neondot"), ("int4_a8", "neondot"), ("int8", "neondot")]
+    kernels = [cpu._spec("linear", variant, isa, 0) for variant, isa in rows]
+    for format, spec, name, layout in (
+        ("int8", A8, "linear_int8_a8_i8mm", "panels16x8"),
+        ("int8", FLOAT, "linear_int8_neondot", "panels16x4"),
+        ("int4_g32", A8, "linear_int4_a8_neondot", "nibbles16x8"),
+    ):
+        kernel = choose(kernels, Problem("linear", parse_format(format), spec, "cpu"))
+        assert (kernel.name, kernel.layout.name) == (name, layout)

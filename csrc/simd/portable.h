@@ -168,7 +168,7 @@ struct Simd {
   }
   static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
-  // The signed bytes 0 and 2, and the signed bytes 1 and 3, of each lane as two signed halves.
+  // The signed bytes 0 and 2, and the signed bytes 1 and 3, of each lane as two signed halves, as dot2 wants them.
   static I even_bytes(I x) {
     for (int i = 0; i < 8; i++) x.lane[i] = halves(byte_of(x.lane[i], 0), byte_of(x.lane[i], 2));
     return x;
@@ -177,17 +177,18 @@ struct Simd {
     for (int i = 0; i < 8; i++) x.lane[i] = halves(byte_of(x.lane[i], 1), byte_of(x.lane[i], 3));
     return x;
   }
-  // The four bits from bit Shift on of each half of each lane.
+  // The four bits from bit Shift on of each half of each lane, likewise.
   template <int Shift>
   static I nibbles_of_halves(I x) {
     for (int i = 0; i < 8; i++)
       x.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(x.lane[i]) >> Shift & 0x000f000fu);
     return x;
   }
-  // sum + the exact sum of the two products of signed halves of each lane; not for -32768 four times.
-  static I dot2(I sum, I a, I b) {
+  // sum + the exact sum of the two products of signed halves of each lane, where `pair` is the same in each; not for
+  // -32768 four times.
+  static I dot2(I sum, I w, I pair) {
     for (int i = 0; i < 8; i++)
-      for (int h = 0; h < 2; h++) sum.lane[i] += half_of(a.lane[i], h) * half_of(b.lane[i], h);
+      for (int h = 0; h < 2; h++) sum.lane[i] += half_of(w.lane[i], h) * half_of(pair.lane[i], h);
     return sum;
   }
 

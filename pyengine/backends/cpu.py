@@ -23,7 +23,7 @@ from .torch import CANONICAL
 logger = logging.getLogger("pyengine")
 
 # In rising order of preference.
-ISAS = ("portable", "avx2")
+ISAS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", "neondot", "i8mm")
 
 # As numbered in csrc/dtypes.h.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32, torch.int16)
@@ -61,24 +61,25 @@ def _share_torch_threads() -> None:
 _share_torch_threads()
 
 
-def _panels_bytes(format: WeightFormat, shape: tuple[int, int]) -> int:
-    return _C.panels_bytes(*shape)
+def _int8_layout(
+    name: str, nbytes: Callable[..., int], pack: Callable[..., None], unpack: Callable[..., None]
+) -> Layout:
+    """A layout of int8 weights with one float32 scale per row, from functions of csrc."""
 
+    def pack_weight(weight: PackedWeight) -> Tensor:
+        qdata, scale = weight.qdata, weight.scale.float()
+        layout = torch.empty(nbytes(*weight.shape), dtype=torch.uint8, device="cpu")
+        pack(qdata.data_ptr(), scale.data_ptr(), *weight.shape, layout.data_ptr())
+        return layout
 
-def _pack_panels(weight: PackedWeight) -> Tensor:
-    n, k = weight.shape
-    qdata, scale = weight.qdata, weight.scale.float()
-    layout = torch.empty(_panels_bytes(weight.format, weight.shape), dtype=torch.uint8, device="cpu")
-    _C.pack_panels(qdata.data_ptr(), scale.data_ptr(), n, k, layout.data_ptr())
-    return layout
+    def unpack_weight(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -> PackedWeight:
+        n, k = shape
+        qdata = layout.new_empty(n, k)
+        scale = layout.new_empty(n, 1, dtype=torch.float32)
+        unpack(layout.data_ptr(), n, k, qdata.data_ptr(), scale.data_ptr())
+        return PackedWeight(format, shape, qdata, scale.to(getattr(torch, format.scale_dtype)))
 
-
-def _unpack_panels(layout: Tensor, format: WeightFormat, shape: tuple[int, int]) -> PackedWeight:
-    n, k = shape
-    qdata = layout.new_empty(n, k)
-    scale = layout.new_empty(n, 1, dtype=torch.float32)
-    _C.unpack_panels(layout.data_ptr(), n, k, qdata.data_ptr(), scale.data_ptr())
-    return PackedWeight(format, shape, qdata, scale.to(getattr(torch, format.scale_dtype)))
+    return Layout(name, lambda format, shape: nbytes(*shape), pack_weight, unpack_weight)
 
 
 def _zero_point(format: WeightFormat) -> int:
@@ -149,7 +150,8 @@ def _unpack_nibbles(layout: Tensor, format: WeightFormat, shape: tuple[int, int]
 
 
 NIBBLES = Layout("nibbles16x8", _nibbles_bytes, _pack_nibbles, _unpack_nibbles)
-PANELS = Layout("panels16x4", _panels_bytes, _pack_panels, _unpack_panels)
+PANELS = _int8_layout("panels16x4", _C.panels_bytes, _C.pack_panels, _C.unpack_panels)
+OCTETS = _int8_layout("panels16x8", _C.octets_bytes, _C.pack_octets, _C.unpack_octets)
 
 
 _FLOAT32 = torch.float32
@@ -257,6 +259,8 @@ _VARIANTS: dict[tuple[str, str], tuple[Layout, Callable[[WeightFormat], bool], s
     ("embedding", "int8"): (CANONICAL, _rows_of_8_bits, "float", _embedding),
     ("embedding", "int4"): (CANONICAL, _rows_of_4_bits, "float", _embedding),
 }
+# The kernels that want a layout of their own.
+_LAYOUTS = {("linear", "int8_a8", "i8mm"): OCTETS}
 
 
 def _spec(op: str, variant: str, isa: str, index: int) -> KernelSpec:
@@ -266,7 +270,7 @@ def _spec(op: str, variant: str, isa: str, index: int) -> KernelSpec:
         op=op,
         device="cpu",
         isa=isa,
-        layout=layout,
+        layout=_LAYOUTS.get((op, variant, isa), layout),
         serves=lambda problem: fits(problem.format) and problem.input_spec.name == activation,
         bind=partial(run, index),
     )

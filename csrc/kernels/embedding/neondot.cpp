@@ -1,0 +1,4 @@
+#define PYENGINE_ISA neondot
+#include "simd/neondot.h"
+
+#include "kernels/embedding/generic.inc"

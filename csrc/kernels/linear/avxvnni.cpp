@@ -1,0 +1,4 @@
+#define PYENGINE_ISA avxvnni
+#include "simd/avxvnni.h"
+
+#include "kernels/linear/generic.inc"

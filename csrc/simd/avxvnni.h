@@ -1,0 +1,33 @@
+// The primitives for AVX-VNNI: those of AVX2, but for the products of codes. portable.h states what each one computes.
+#pragma once
+#define Simd Avx2  // the base takes another name here
+#include "simd/avx2.h"
+#undef Simd
+
+namespace {
+
+struct Simd : Avx2 {
+  static constexpr int kByteRows = 4, kBytePanels = 1, kTileRows = 4, kTilePanels = 1;
+
+  static I add_bytes(I sum, I x) { return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi8(1), x); }
+
+  // vpdpbusd adds the products of four unsigned with four signed bytes to a lane, modulo 2^32. The weight is the unsigned
+  // one: w ^ 0x80 is w + 128, so that a sum has 128 times the sum of its codes too much, one number per row.
+  static I store_quads(I correction, I codes, uint8_t* to) {
+    store_bytes(to, codes);
+    return sub_i(correction, _mm256_dpbusd_avx_epi32(zero_i(), _mm256_set1_epi8(-128), codes));
+  }
+  static I load_weights(const uint8_t* p) { return _mm256_xor_si256(load_bytes(p), _mm256_set1_epi8(-128)); }
+  static I dot4(I sum, I quad, I w) { return _mm256_dpbusd_avx_epi32(sum, w, quad); }
+
+  struct Partial {
+    I lanes;
+  };
+  static Partial zero_partial() { return {zero_i()}; }
+  static Partial dot4_nibbles(Partial sum, I w, I a) { return {_mm256_dpbusd_avx_epi32(sum.lanes, w, a)}; }
+  static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
+
+  static I dot2(I sum, I a, I b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+};
+
+}  // namespace
