@@ -60,7 +60,7 @@ class BuildExt(build_ext):
 werror = ["-Werror"] if os.environ.get("PYENGINE_WERROR") else []
 extension = Pybind11Extension(
     "pyengine._C",
-    sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/kernels/*/*.cpp")),
+    sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/limits/*.cpp") + glob.glob("csrc/kernels/*/*.cpp")),
     include_dirs=["csrc"],
     depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inc", recursive=True),
     cxx_std=17,

@@ -13,6 +13,10 @@ def embedding(
     index: int, ids: int, count: int, layout: int, N: int, K: int, y: int, y_type: int, bits: int, group: int,
     scale_type: int, zero: int, factor: int, /,
 ) -> int: ...  # fmt: skip
+def limits() -> list[tuple[str, str, str, int, bool]]: ...
+def run_limit(
+    index: int, data: int, bytes: int, streams: int, rounds: int, threads: int, /
+) -> int: ...
 def panels_bytes(N: int, K: int, /) -> int: ...
 def nibbles_offsets(
     N: int, K: int, group: int, scale_size: int, zero_size: int, /
