@@ -16,7 +16,7 @@ Bound = tuple[list[Call], Callable[[], Tensor]]
 # Weights of less than 32 KB would need more: they are as cold as this many copies make them.
 MAX_COPIES = 4096
 # A copy of a runtime's is a session of its own, which takes up to 30 ms to make.
-MAX_SESSIONS = 64
+MAX_SESSIONS = 32
 
 
 @dataclass(frozen=True)

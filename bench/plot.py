@@ -17,21 +17,14 @@ Record = dict[str, Any]
 # Okabe and Ito's colours, which the colour-blind tell apart; markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
-PEER = "#8A8A8A"
+PEER, ROOF = "#8A8A8A", "#444444"
+# What the pictures take from a record.
 NEEDED = (
-    "case",
-    "cache",
-    "contender",
-    "ours",
-    "weights",
-    "inputs",
-    "activations",
-    "median_s",
-    "gmacs",
-    "limits",
+    *("case", "m", "k", "n", "cache", "activations", "contender", "ours", "weights", "inputs", "sequence"),
+    *("weight_bytes", "median_s", "gmacs", "limits", "machine"),
 )
 
-ROOFS = {
+COMPUTE = {
     "gmacs_fma": "fp32 FMA",
     "gmacs_int16_dot2": "int16 dot2",
     "gmacs_int8_dot4": "int8 dot4",
@@ -50,7 +43,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
             record = json.loads(line)
         except ValueError:
             record = None
-        missing = [key for key in (*NEEDED, "machine") if not isinstance(record, dict) or key not in record]
+        missing = [key for key in NEEDED if not isinstance(record, dict) or key not in record]
         if missing:
             raise ValueError(
                 f"{path}: line {number} is no record of pyengine bench linear: no {missing[0]!r}"
@@ -88,66 +81,68 @@ def roofline(records: Sequence[Record]) -> Any:
     figure.suptitle(_title("Roofline of linear layers", records), fontsize=12)
     kernels = [r for r in records if r["ours"] and r["contender"].endswith(" kernel") and r["gmacs"]]
     names = list(dict.fromkeys(r["contender"] for r in kernels))
-    best = {id(cell.peer): cell.peer for each in compare(records) for cell in each.cells}
+    peers = list({id(cell.peer): cell.peer for each in compare(records) for cell in each.cells}.values())
+    roofs = _roofs(records, {f"gmacs_{r['sequence']}" for r in (*kernels, *peers)})
+    everything = [*kernels, *peers]
+    speeds, intensities = [r["gmacs"] for r in everything], [_intensity(r) for r in everything]
+    top = max((*speeds, *roofs.values()), default=1.0)
     for axes, cache in zip(figure.subplots(1, 2, sharey=True), CACHES, strict=True):
-        ours = [r for r in kernels if r["cache"] == cache]
-        peers = [r for r in best.values() if r["cache"] == cache]
-        _roofs(axes, records, cache, {f"gmacs_{r['sequence']}" for r in (*ours, *peers)})
-        axes.scatter(
-            *_points(peers),
-            marker="x",
-            s=18,
-            linewidths=1,
-            color=PEER,
-            label="fastest peer of a cell",
-            zorder=2,
-        )
-        for index, name in enumerate(names):
-            axes.scatter(
-                *_points([r for r in ours if r["contender"] == name]), s=34, zorder=3, linewidths=0.6,
-                marker=MARKERS[index % len(MARKERS)], color=COLOURS[index % len(COLOURS)],
-                edgecolors="white", label=name.removeprefix("pyengine "),
-            )  # fmt: skip
-        axes.set_title(f"{cache} caches")
+        axes.set(xscale="log", yscale="log", title=f"{cache} caches")
+        axes.set_xlim(min(intensities, default=1.0) / 1.6, max(intensities, default=1.0) * 6)
+        axes.set_ylim(min(speeds, default=1.0) / 2, top * 1.6)
         axes.set_xlabel("multiply-accumulates per byte of weights")
         axes.grid(alpha=0.25, which="major")
+        _draw_roofs(axes, roofs, _roofs(records, set(BANDWIDTHS[cache])))
+        axes.scatter(
+            *_points(peers, cache), marker="x", s=18, linewidths=1, color=PEER, zorder=2,
+            label="fastest peer of a cell",
+        )  # fmt: skip
+        for index, name in enumerate(names):
+            axes.scatter(
+                *_points([r for r in kernels if r["contender"] == name], cache), s=34, zorder=3,
+                marker=MARKERS[index % len(MARKERS)], color=COLOURS[index % len(COLOURS)],
+                edgecolors="white", linewidths=0.6, label=name.removeprefix("pyengine "),
+            )  # fmt: skip
     figure.axes[0].set_ylabel("GMAC/s")
     figure.axes[0].legend(loc="lower right", fontsize=9)
     return figure
 
 
-def _points(records: Sequence[Record]) -> tuple[list[float], list[float]]:
-    return [_intensity(r) for r in records], [r["gmacs"] for r in records]
+def _points(records: Sequence[Record], cache: str) -> tuple[list[float], list[float]]:
+    chosen = [r for r in records if r["cache"] == cache]
+    return [_intensity(r) for r in chosen], [r["gmacs"] for r in chosen]
 
 
 def _intensity(record: Record) -> float:
     return float(record["m"] * record["k"] * record["n"] / record["weight_bytes"])
 
 
-def _roofs(axes: Any, records: Sequence[Record], cache: str, sequences: set[str]) -> None:
-    limits = records[-1]["limits"]
-    timed = [r for r in records if r["gmacs"]]
-    left, right = (pick(map(_intensity, timed), default=1.0) for pick in (min, max))
-    left, right = left / 1.6, right * 4
-    axes.set(xscale="log", yscale="log", xlim=(left, right))
-    highest = max((limits[name] for name in sequences if name in limits), default=1000.0)
-    lowest = min((r["gmacs"] for r in timed), default=1.0)
-    axes.set_ylim(lowest / 1.5, highest * 1.6)
-    for name, label in BANDWIDTHS[cache].items():
-        speed = limits[name]
-        end = min(highest / speed, right)
-        axes.plot([left, end], [left * speed, end * speed], color="#444444", linewidth=1.2, zorder=1)
+def _roofs(records: Sequence[Record], names: set[str]) -> dict[str, float]:
+    """The highest that was measured of each."""
+    return {
+        name: max(r["limits"][name] for r in records)
+        for name in (*COMPUTE, *BANDWIDTHS["warm"], *BANDWIDTHS["cold"])
+        if name in names and all(name in r["limits"] for r in records)
+    }
+
+
+def _draw_roofs(axes: Any, compute: dict[str, float], bandwidths: dict[str, float]) -> None:
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    text = {"fontsize": 8, "color": ROOF, "textcoords": "offset points"}
+    for name, speed in compute.items():
+        axes.axhline(speed, color=ROOF, linewidth=1.2, linestyle=(0, (6, 3)), zorder=1)
+        label = f"{COMPUTE[name]} {speed:.0f} GMAC/s"
+        axes.annotate(label, (right, speed), xytext=(-4, 3), ha="right", **text)
+    ridge = max(compute.values(), default=top)
+    labels = BANDWIDTHS["warm"] | BANDWIDTHS["cold"]
+    for index, (name, speed) in enumerate(bandwidths.items()):
+        start = max(left, bottom / speed)
+        axes.plot([start, ridge / speed], [start * speed, ridge], color=ROOF, linewidth=1.2, zorder=1)
         axes.annotate(
-            f"{label} {speed:.0f} GB/s", (left, max(left * speed, lowest / 1.5)), xytext=(6, 4),
-            textcoords="offset points", fontsize=8, color="#444444", rotation_mode="anchor",
+            f"{labels[name]} {speed:.0f} GB/s", (start * 1.3, start * 1.3 * speed),
+            xytext=(0, -3 if index else 3), va="top" if index else "bottom", rotation_mode="anchor",
+            rotation=math.degrees(math.atan(speed)), transform_rotates_text=True, **text,
         )  # fmt: skip
-    for name, label in ROOFS.items():
-        if name in sequences and name in limits:
-            axes.axhline(limits[name], color="#444444", linewidth=1.2, linestyle=(0, (6, 3)), zorder=1)
-            axes.annotate(
-                f"{label} {limits[name]:.0f} GMAC/s", (right, limits[name]), xytext=(-4, 3), ha="right",
-                textcoords="offset points", fontsize=8, color="#444444",
-            )  # fmt: skip
 
 
 def speedup(records: Sequence[Record]) -> Any:
@@ -162,40 +157,47 @@ def speedup(records: Sequence[Record]) -> Any:
     maps = {
         (each.contender, each.cache): each for each in compare(records) if each.against in layers.values()
     }
-    sizes = sorted({(r["k"] * r["n"], r["k"], r["n"]) for r in records})
+    sizes = sorted({(r["k"], r["n"]) for r in records}, key=lambda size: (size[0] * size[1], size))
     rows = sorted({r["m"] for r in records})
     height, width = 0.42 * len(rows) + 1.15, 0.86 * len(sizes) + 1.2
     figure = Figure(figsize=(2 * max(width, 4.2), height * len(layers) + 1), layout="constrained")
-    figure.suptitle(
-        _title("Speed over that of the fastest peer with the same kind of weights", records), fontsize=12
-    )
+    what = "Speed over the fastest peer's with the same kind of weights: blue is faster, orange is slower"
+    figure.suptitle(_title(what, records), fontsize=12)
     grid = figure.subplots(len(layers), 2, squeeze=False)
     for line, (name, weights) in zip(grid, layers.items(), strict=True):
         for axes, cache in zip(line, CACHES, strict=True):
             cells = {(c.ours["m"], c.ours["k"], c.ours["n"]): c for c in maps[name, cache].cells}
-            _map(axes, cells, rows, [size[1:] for size in sizes])
+            _map(axes, cells, rows, sizes)
             axes.set_title(f"{name.removeprefix('pyengine ')} against {weights} peers, {cache}", fontsize=10)
     return figure
 
 
-def _map(axes: Any, cells: dict[tuple[int, int, int], Cell], rows: list[int], sizes: list[Any]) -> None:
-    """Blue: won. Orange, the number bold: lost. Grey: no speed."""
-    logs = [
-        [math.log2(cells[(m, *size)].ratio) if (m, *size) in cells else math.nan for size in sizes]
-        for m in rows
-    ]
+def _map(
+    axes: Any, cells: dict[tuple[int, int, int], Cell], rows: list[int], sizes: list[tuple[int, int]]
+) -> None:
+    """Blue: won. Orange, the number bold: lost. Grey: one of the two has no speed."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("lost to won", ("#D55E00", "#FFFFFF", "#0072B2"))
     axes.set_facecolor("#DDDDDD")
-    axes.imshow(logs, cmap="PuOr", vmin=-2, vmax=2, aspect="auto")
     for i, m in enumerate(rows):
         for j, size in enumerate(sizes):
             cell = cells.get((m, *size))
-            lost = cell is not None and cell.ratio < 1
-            strong = cell is not None and abs(math.log2(cell.ratio)) > 1.2
+            if cell is None:
+                axes.text(j, i, "-", ha="center", va="center", fontsize=9)
+                continue
+            log = math.log2(cell.ratio)
+            # However close to 1, the colour says which side it is on.
+            strength = min(1.0, 0.25 + abs(log) / 2)
+            colour = shades(0.5 + math.copysign(strength / 2, log))
+            axes.fill(
+                [j - 0.5, j + 0.5, j + 0.5, j - 0.5], [i - 0.5, i - 0.5, i + 0.5, i + 0.5], color=colour
+            )
             axes.text(
-                j, i, "-" if cell is None else f"{cell.ratio:.2f}", ha="center", va="center", fontsize=9,
-                fontweight="bold" if lost else "normal", color="white" if strong else "black",
+                j, i, f"{cell.ratio:.2f}", ha="center", va="center", fontsize=9,
+                fontweight="bold" if log < 0 else "normal", color="white" if strength > 0.75 else "black",
             )  # fmt: skip
+    axes.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(len(rows) - 0.5, -0.5), ylabel="M")
     axes.set_xticks(range(len(sizes)), [f"{k}\nx {n}" for k, n in sizes], fontsize=8)
     axes.set_yticks(range(len(rows)), [str(m) for m in rows], fontsize=8)
-    axes.set_ylabel("M")
     axes.tick_params(length=0)

@@ -138,8 +138,7 @@ def _case(
         bound = [each.runtime.bind(x, 1 if warm else each.runtime.copies)[0] for each in sound]
         samples = time_interleaved(bound, seconds, evict=None if warm else evict)
         times = dict(zip((contender.name for contender in sound), samples, strict=True))
-        medians = {c.name: statistics.median(times[c.name]) for c in sound if not c.ours}
-        fastest = min(medians, key=lambda name: medians[name], default=None)
+        fastest = _fastest_peers(sound, times)
         for contender, check, error in checked:
             yield {
                 "cache": cache,
@@ -153,8 +152,7 @@ def _case(
                 "check": check,
                 "relative_error": error,
                 **_speed(case, contender, times.get(contender.name)),
-                "fastest_peer": fastest,
-                "ratio": _ratio(medians.get(fastest or ""), times.get(contender.name)),
+                **_ratio(fastest.get(contender.weights), times.get(contender.name)),
                 "sequence": contender.sequence,
             }
         for name, reason in missing:
@@ -182,8 +180,21 @@ def _speed(case: LinearCase, contender: Contender, times: list[float] | None) ->
     return dict(zip(_SPEED_KEYS, (median, q1, q3, len(times), *speeds), strict=True))
 
 
-def _ratio(peer: float | None, times: list[float] | None) -> float | None:
-    return None if peer is None or times is None else peer / statistics.median(times)
+def _fastest_peers(
+    contenders: Sequence[Contender], times: dict[str, list[float]]
+) -> dict[str, tuple[float, str]]:
+    """The median and the name, by kind of weights."""
+    found: dict[str, tuple[float, str]] = {}
+    for each in (each for each in contenders if not each.ours):
+        mine = statistics.median(times[each.name]), each.name
+        found[each.weights] = min(mine, found.get(each.weights, mine))
+    return found
+
+
+def _ratio(peer: tuple[float, str] | None, times: list[float] | None) -> Record:
+    median, name = peer or (None, None)
+    ratio = None if median is None or times is None else median / statistics.median(times)
+    return {"fastest_peer": name, "ratio": ratio}
 
 
 def _against_limit(record: Record, found: dict[str, float]) -> Record:

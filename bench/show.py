@@ -23,7 +23,7 @@ def table(records: Sequence[Record], width: int) -> Table:
     title = (
         f"pyengine bench linear, {where(records)}\n"
         f"M x K x N; us per call, median{' and quartiles' if width >= WIDE else ''}; "
-        "ratio: above 1 is faster than the fastest peer"
+        "ratio: above 1 is faster than the fastest peer of the same kind of weights"
     )
     shown = grid("", ())
     shown.title = Text(title)

@@ -14,6 +14,10 @@ from pyengine.terminal import add, grid
 
 Record = dict[str, Any]
 
+# Kinds of weights that ours have, and what is added to them for peers with dynamic activations.
+WEIGHTS = ("int8", "int4")
+DYNAMIC = " dynamic"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -53,22 +57,22 @@ def compare(records: Sequence[Record]) -> list[Comparison]:
     activations are dynamic, and against float32. What has no speed takes no part.
     """
     mine = {(r["contender"], r["cache"]): r["weights"] for r in records if r["ours"]}
-    return [
-        Comparison(contender, cache, against, tuple(_cells(records, contender, cache, takes_part)))
-        for (contender, cache), weights in mine.items()
-        for against, takes_part in _opponents(records, weights)
-    ]
+    found = []
+    for (contender, cache), weights in mine.items():
+        for against, takes_part in _opponents(weights):
+            cells = tuple(_cells(records, contender, cache, takes_part))
+            if against == weights or cells:
+                found.append(Comparison(contender, cache, against, cells))
+    return found
 
 
 Filter = Callable[[Record], bool]
 
 
-def _opponents(records: Sequence[Record], weights: str) -> Iterator[tuple[str, Filter]]:
+def _opponents(weights: str) -> Iterator[tuple[str, Filter]]:
     yield weights, lambda r: r["weights"] == weights
-    if any(r["inputs"] == "static" and r["weights"] == weights for r in records):
-        yield f"{weights} dynamic", lambda r: r["weights"] == weights and r["inputs"] == "dynamic"
-    if any(not r["ours"] and r["weights"] == "fp32" for r in records):
-        yield "fp32", lambda r: r["weights"] == "fp32"
+    yield weights + DYNAMIC, lambda r: r["weights"] == weights and r["inputs"] == "dynamic"
+    yield "fp32", lambda r: r["weights"] == "fp32"
 
 
 def _cells(records: Sequence[Record], contender: str, cache: str, takes_part: Filter) -> Iterator[Cell]:
@@ -103,17 +107,20 @@ def summary(records: Sequence[Record]) -> list[RenderableType]:
     comparisons = compare(records)
     means = grid(
         "Speed over the fastest peer's, geometric mean of the cells; largest error over the best peer's",
-        ("", "cache", "against", "mean", "won", "lost", "error"),
-        right=("mean", "won", "lost", "error"),
+        ("", "against", "warm", "won", "lost", "cold", "won", "lost", "error"),
+        right=("warm", "cold", "won", "lost", "error"),
     )
+    rows: dict[tuple[str, str], list[object]] = {}
     for each in comparisons:
         lost = len(each.lost)
-        row = [each.contender, each.cache, each.against, _times(each.mean), len(each.cells) - lost, lost]
-        add(means, *row, _times(largest_error(records, each.contender) if each.against in WEIGHTS else None))
+        row = rows.setdefault((each.contender, each.against), [])
+        row += [_times(each.mean), len(each.cells) - lost, lost]
+    for (contender, against), row in rows.items():
+        if row == rows.get((contender, against.removesuffix(DYNAMIC))) and against.endswith(DYNAMIC):
+            continue  # no static peer is the fastest anywhere
+        error = _times(largest_error(records, contender)) if against in WEIGHTS else ""
+        add(means, contender.removeprefix("pyengine "), against, *row, error)
     return [means, *_losses(comparisons)]
-
-
-WEIGHTS = ("int8", "int4")
 
 
 def _losses(comparisons: Iterable[Comparison]) -> Iterator[RenderableType]:
@@ -124,7 +131,7 @@ def _losses(comparisons: Iterable[Comparison]) -> Iterator[RenderableType]:
     )
     for each in (each for each in comparisons if each.against in WEIGHTS and each.lost):
         shown.add_section()
-        shown.add_row(Text(f"{each.contender}, {each.cache}", style="bold"))
+        shown.add_row(Text(f"{each.contender.removeprefix('pyengine ')}, {each.cache}", style="bold"))
         for cell in each.lost:
             name, (ours, peer) = (
                 f"  {cell.ours['case']}",
