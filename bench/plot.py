@@ -88,7 +88,7 @@ def roofline(records: Sequence[Record]) -> Any:
     top = max((*speeds, *roofs.values()), default=1.0)
     for axes, cache in zip(figure.subplots(1, 2, sharey=True), CACHES, strict=True):
         axes.set(xscale="log", yscale="log", title=f"{cache} caches")
-        axes.set_xlim(min(intensities, default=1.0) / 1.6, max(intensities, default=1.0) * 6)
+        axes.set_xlim(min(intensities, default=1.0) / 1.6, max(intensities, default=1.0) * 12)
         axes.set_ylim(min(speeds, default=1.0) / 2, top * 1.6)
         axes.set_xlabel("multiply-accumulates per byte of weights")
         axes.grid(alpha=0.25, which="major")
@@ -128,20 +128,21 @@ def _roofs(records: Sequence[Record], names: set[str]) -> dict[str, float]:
 
 def _draw_roofs(axes: Any, compute: dict[str, float], bandwidths: dict[str, float]) -> None:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    text = {"fontsize": 8, "color": ROOF, "textcoords": "offset points"}
+    text, line = {"fontsize": 8, "color": ROOF}, {"color": ROOF, "linewidth": 1.2, "zorder": 1}
     for name, speed in compute.items():
-        axes.axhline(speed, color=ROOF, linewidth=1.2, linestyle=(0, (6, 3)), zorder=1)
-        label = f"{COMPUTE[name]} {speed:.0f} GMAC/s"
-        axes.annotate(label, (right, speed), xytext=(-4, 3), ha="right", **text)
+        axes.axhline(speed, linestyle=(0, (6, 3)), **line)
+        axes.text(right / 1.1, speed * 1.03, f"{COMPUTE[name]} {speed:.0f} GMAC/s", ha="right", **text)
     ridge = max(compute.values(), default=top)
     labels = BANDWIDTHS["warm"] | BANDWIDTHS["cold"]
     for index, (name, speed) in enumerate(bandwidths.items()):
         start = max(left, bottom / speed)
-        axes.plot([start, ridge / speed], [start * speed, ridge], color=ROOF, linewidth=1.2, zorder=1)
-        axes.annotate(
-            f"{labels[name]} {speed:.0f} GB/s", (start * 1.3, start * 1.3 * speed),
-            xytext=(0, -3 if index else 3), va="top" if index else "bottom", rotation_mode="anchor",
-            rotation=math.degrees(math.atan(speed)), transform_rotates_text=True, **text,
+        axes.plot([start, ridge / speed], [start * speed, ridge], **line)
+        # Of two lines side by side, the second one's name stands below it.
+        away, side = (0.93, "top") if index else (1.07, "bottom")
+        axes.text(
+            start * 1.3, start * 1.3 * speed * away, f"{labels[name]} {speed:.0f} GB/s", va=side,
+            rotation=math.degrees(math.atan(speed)), rotation_mode="anchor", transform_rotates_text=True,
+            **text,
         )  # fmt: skip
 
 
