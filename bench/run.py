@@ -29,6 +29,10 @@ COLD_BYTES = 128 * 2**20
 # Of a cell's time budget; more rounds show more of the machine's noise, fewer spend less on the clock.
 MIN_ROUNDS, MAX_ROUNDS = 7, 30
 
+# Threads of a pool spin after their last work, OpenMP's for 8 ms where measured: until they sleep, they would take
+# the processor from whoever comes next. On one thread there are none.
+IDLE_SECONDS = 0.01
+
 Record = dict[str, Any]
 
 
@@ -80,7 +84,7 @@ def _measure(
     contenders: list[Contender] = []
     missing: list[tuple[str, str]] = []
     memory, about, found = touched(2 * cold_bytes), machine(), dict[str, float]()
-    evict = functools.partial(read_all, memory[:cold_bytes], torch.get_num_threads())
+    evict = functools.partial(read_all, memory[:cold_bytes])
     for case in track(ordered, "bench", progress):
         if size != (case.k, case.n):
             size = (case.k, case.n)
@@ -136,7 +140,8 @@ def _case(
     for cache in ("warm", "cold"):
         warm = cache == "warm"
         bound = [each.runtime.bind(x, 1 if warm else each.runtime.copies)[0] for each in sound]
-        samples = time_interleaved(bound, seconds, evict=None if warm else evict)
+        idle = IDLE_SECONDS if torch.get_num_threads() > 1 else 0.0
+        samples = time_interleaved(bound, seconds, evict=None if warm else evict, idle=idle)
         times = dict(zip((contender.name for contender in sound), samples, strict=True))
         fastest = _fastest_peers(sound, times)
         for contender, check, error in checked:
@@ -220,16 +225,17 @@ class _Turn:
     next: int = 0
     times: list[float] = field(default_factory=list)
 
-    def sample(self, evict: Call | None) -> float:
+    def sample(self, evict: Call | None, idle: float) -> float:
         """Seconds per call over `repeat` calls: all on one weight just used, or each on the next weight, once
-        `evict` has driven out of the caches what was read before. A call on the last weight brings back
-        activations and code.
+        `evict` has driven out of the caches what was read before. Then nothing happens for `idle` seconds, and
+        a call on the last weight brings back activations, code and threads.
         """
         if evict is None:
             batch = self.calls[:1] * self.repeat
         else:
             batch = [self.calls[(self.next + i) % len(self.calls)] for i in range(self.repeat)]
             evict()
+        time.sleep(idle)
         self.calls[self.next - 1 if evict else 0]()
         self.next = (self.next + self.repeat) % len(self.calls)
         start = time.perf_counter()
@@ -238,14 +244,17 @@ class _Turn:
         return (time.perf_counter() - start) / self.repeat
 
 
-def time_interleaved(bound: Sequence[list[Call]], seconds: float, *, evict: Call | None) -> list[list[float]]:
+def time_interleaved(
+    bound: Sequence[list[Call]], seconds: float, *, evict: Call | None, idle: float = 0.0
+) -> list[list[float]]:
     """Seconds per call of each contender, one sample per round, the contenders taking turns in every round.
 
     bound: per contender its calls, each on another copy of the weight; a cold sample uses none twice.
-    evict: empties the caches; None: they stay warm, and the first call alone is used.
+    evict: empties the caches; None: they stay warm, and the first call alone is used. idle: seconds in which the
+    threads of the contender before may go to sleep.
     """
     turns = [_Turn(calls) for calls in bound]
-    firsts = [min(turn.sample(evict) for _ in range(2)) for turn in turns]
+    firsts = [min(turn.sample(evict, idle) for _ in range(2)) for turn in turns]
     rounds = int(min(max(seconds / max(firsts, default=1.0), MIN_ROUNDS), MAX_ROUNDS))
     for turn, first in zip(turns, firsts, strict=True):
         turn.repeat = max(1, int(seconds / rounds / first))
@@ -253,5 +262,5 @@ def time_interleaved(bound: Sequence[list[Call]], seconds: float, *, evict: Call
             turn.repeat = max(1, min(turn.repeat, len(turn.calls) - 1))
     for _ in range(rounds):
         for turn in turns:
-            turn.times.append(turn.sample(evict))
+            turn.times.append(turn.sample(evict, idle))
     return [turn.times for turn in turns]
