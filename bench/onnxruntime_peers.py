@@ -137,7 +137,7 @@ def _session(model: bytes) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-    # Its threads may spin while it runs. Afterwards they would take the processor from the next contender, and
+    # Its threads may spin while it runs. Afterwards they would take the processor from the next contender and
     # from the other sessions of this one, for longer than anyone can wait.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -29,9 +29,9 @@ COLD_BYTES = 128 * 2**20
 # Of a cell's time budget; more rounds show more of the machine's noise, fewer spend less on the clock.
 MIN_ROUNDS, MAX_ROUNDS = 7, 30
 
-# Threads of a pool spin after their last work, OpenMP's for 8 ms where measured: until they sleep, they would take
+# Threads of a pool spin after their last work, OpenMP's for 8 ms where measured: until they sleep, they take
 # the processor from whoever comes next. On one thread there are none.
-IDLE_SECONDS = 0.01
+SETTLE_SECONDS = 0.01
 
 Record = dict[str, Any]
 
@@ -140,8 +140,8 @@ def _case(
     for cache in ("warm", "cold"):
         warm = cache == "warm"
         bound = [each.runtime.bind(x, 1 if warm else each.runtime.copies)[0] for each in sound]
-        idle = IDLE_SECONDS if torch.get_num_threads() > 1 else 0.0
-        samples = time_interleaved(bound, seconds, evict=None if warm else evict, idle=idle)
+        settle = SETTLE_SECONDS if torch.get_num_threads() > 1 else 0.0
+        samples = time_interleaved(bound, seconds, evict=None if warm else evict, settle=settle)
         times = dict(zip((contender.name for contender in sound), samples, strict=True))
         fastest = _fastest_peers(sound, times)
         for contender, check, error in checked:
@@ -225,18 +225,20 @@ class _Turn:
     next: int = 0
     times: list[float] = field(default_factory=list)
 
-    def sample(self, evict: Call | None, idle: float) -> float:
+    def sample(self, evict: Call | None, settle: float) -> float:
         """Seconds per call over `repeat` calls: all on one weight just used, or each on the next weight, once
-        `evict` has driven out of the caches what was read before. Then nothing happens for `idle` seconds, and
-        a call on the last weight brings back activations, code and threads.
+        `evict` has driven out of the caches what was read before. Calls on the last weight, for `settle`
+        seconds and at least once, bring back activations, code and threads.
         """
         if evict is None:
             batch = self.calls[:1] * self.repeat
         else:
             batch = [self.calls[(self.next + i) % len(self.calls)] for i in range(self.repeat)]
             evict()
-        time.sleep(idle)
-        self.calls[self.next - 1 if evict else 0]()
+        last, ready = self.calls[self.next - 1 if evict else 0], time.perf_counter() + settle
+        last()
+        while time.perf_counter() < ready:
+            last()
         self.next = (self.next + self.repeat) % len(self.calls)
         start = time.perf_counter()
         for call in batch:
@@ -245,16 +247,16 @@ class _Turn:
 
 
 def time_interleaved(
-    bound: Sequence[list[Call]], seconds: float, *, evict: Call | None, idle: float = 0.0
+    bound: Sequence[list[Call]], seconds: float, *, evict: Call | None, settle: float = 0.0
 ) -> list[list[float]]:
     """Seconds per call of each contender, one sample per round, the contenders taking turns in every round.
 
     bound: per contender its calls, each on another copy of the weight; a cold sample uses none twice.
-    evict: empties the caches; None: they stay warm, and the first call alone is used. idle: seconds in which the
-    threads of the contender before may go to sleep.
+    evict: empties the caches; None: they stay warm, and the first call alone is used. settle: seconds of
+    calls that are not on the clock.
     """
     turns = [_Turn(calls) for calls in bound]
-    firsts = [min(turn.sample(evict, idle) for _ in range(2)) for turn in turns]
+    firsts = [min(turn.sample(evict, settle) for _ in range(2)) for turn in turns]
     rounds = int(min(max(seconds / max(firsts, default=1.0), MIN_ROUNDS), MAX_ROUNDS))
     for turn, first in zip(turns, firsts, strict=True):
         turn.repeat = max(1, int(seconds / rounds / first))
@@ -262,5 +264,5 @@ def time_interleaved(
             turn.repeat = max(1, min(turn.repeat, len(turn.calls) - 1))
     for _ in range(rounds):
         for turn in turns:
-            turn.times.append(turn.sample(evict, idle))
+            turn.times.append(turn.sample(evict, settle))
     return [turn.times for turn in turns]

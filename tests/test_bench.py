@@ -166,6 +166,15 @@ def test_a_cold_sample_uses_no_weight_twice():
     assert all(len(set(sample)) == len(sample) for sample in samples)
 
 
+def test_calls_that_settle_are_not_on_the_clock():
+    counts = []
+    for settle in (0.0, 0.002):
+        used = []
+        times = time_interleaved([[lambda used=used: used.append(0)]], 1e-9, evict=None, settle=settle)
+        counts.append(len(used) / len(times[0]))
+    assert counts[0] < 3 < 30 < counts[1]
+
+
 def test_threads_are_set_for_the_run_and_put_back():
     before = torch.get_num_threads()
     records = run(threads=before + 1)
