@@ -39,6 +39,7 @@ def records():
         found += [
             record("int8 dynamic", 3e-6, cache=cache),
             record("int8 dynamic", 6e-6, m=8, cache=cache, error=0.02),
+            record("int8 worse", 9e-6, m=8, cache=cache, error=0.09),
             record("int8 static", 2e-6, cache=cache, inputs="static", error=0.001),
             record("int8 static", 4e-6, m=8, cache=cache, inputs="static"),
             record("wrong", None, cache=cache, check="relative error 3 is above 0.1"),
