@@ -39,7 +39,9 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext):
         isas = {
-            name: isa["flags"] for name, isa in ISAS.items() if isa["arch"] == ARCH and self.knows(isa["flags"])
+            name: isa["flags"]
+            for name, isa in ISAS.items()
+            if isa["arch"] == ARCH and self.knows(isa["flags"])
         }
         ext.define_macros += [(f"PYENGINE_{name.upper()}", "1") for name in isas]
         ext.sources = [s for s in ext.sources if stem(s) in isas or stem(s) not in ISAS]
@@ -68,9 +70,11 @@ class BuildExt(build_ext):
 werror = ["-Werror"] if os.environ.get("PYENGINE_WERROR") else []
 extension = Pybind11Extension(
     "pyengine._C",
-    sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/kernels/*/*.cpp")),
+    sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/limits/*.cpp") + glob.glob("csrc/kernels/*/*.cpp")),
     include_dirs=["csrc"],
-    depends=["csrc/isas.json"] + glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.inc", recursive=True),
+    depends=["csrc/isas.json"]
+    + glob.glob("csrc/**/*.h", recursive=True)
+    + glob.glob("csrc/**/*.inc", recursive=True),
     cxx_std=17,
     # Contraction is off so that a multiply and an add are fused only where a kernel says so.
     extra_compile_args=[

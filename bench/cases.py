@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,19 @@ class LinearCase:
         return cls(*map(int, text.split("x")))
 
 
-# One token, a small batch, a short and a longer sequence.
-ROWS = (1, 8, 32, 128)
-# (K, N): attention and feed-forward of MiniLM, of BERT-base size models, and attention of a 7B model.
-SIZES = ((384, 384), (384, 1536), (768, 768), (768, 3072), (3072, 768), (4096, 4096))
+# One token, a small batch, a sentence, a paragraph, a page.
+ROWS = (1, 8, 32, 128, 512)
+# (K, N): attention and both halves of the feed-forward of MiniLM; those of BERT-base, then attention of
+# models of 1 and 7 billion weights.
+MINILM = ((384, 384), (384, 1536), (1536, 384))
+TRANSFORMER = ((768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 4096))
 
 LINEAR = {
-    "default": tuple(LinearCase(m, k, n) for k, n in SIZES for m in ROWS),
-    "int4": tuple(LinearCase(m, k, n) for k, n in ((768, 768), (768, 3072), (4096, 4096)) for m in ROWS),
+    "default": tuple(LinearCase(m, k, n) for k, n in (*MINILM, *TRANSFORMER) for m in ROWS),
+    "minilm": tuple(LinearCase(m, k, n) for k, n in MINILM for m in ROWS),
+    "transformer": tuple(LinearCase(m, k, n) for k, n in TRANSFORMER for m in ROWS),
     "quick": tuple(LinearCase(m, k, n) for k, n in ((384, 1536), (768, 768)) for m in (1, 32)),
 }
+
+# What the Gaussian numbers that x is made of go through: nothing, or what leaves none below zero.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"signed": lambda x: x, "relu": torch.relu}

@@ -7,35 +7,26 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from pyengine.terminal import deliver
+from pyengine.terminal import deliver, grid
 
 Record = dict[str, Any]
 
 # Columns for which 80 characters have no room are left out below their width of the terminal.
-WIDE = 108
+WIDE = 120
 
 
 def table(records: Sequence[Record], width: int) -> Table:
     """One line per contender, one section per case, warm and cold caches side by side."""
-    about = records[0]["machine"]
-    threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
     title = (
-        f"pyengine bench linear, {about['isa']}, {threads}, {about['cpu']}\n"
+        f"pyengine bench linear, {where(records)}\n"
         f"M x K x N; us per call, median{' and quartiles' if width >= WIDE else ''}; "
-        "ratio: above 1 is faster than the fastest peer"
+        "ratio: above 1 is faster than the fastest peer of the same kind of weights"
     )
-    shown = Table(
-        title=Text(title),
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    shown = grid("", ())
+    shown.title = Text(title)
     columns = [column for column in COLUMNS if width >= column[2]]
     shown.add_column("", no_wrap=True)
     for header, _, _ in columns:
@@ -49,6 +40,13 @@ def table(records: Sequence[Record], width: int) -> Table:
         for name, caches in by_name.items():
             shown.add_row(Text(f"  {name}"), *(cell(caches) for _, cell, _ in columns))
     return shown
+
+
+def where(records: Sequence[Record]) -> str:
+    """Instruction set, threads and processor: a number means nothing without."""
+    about = records[0]["machine"]
+    threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
+    return f"{about['isa'].upper()}, {threads}, {about['cpu']}"
 
 
 def problems(records: Iterable[Record]) -> list[str]:
@@ -88,10 +86,10 @@ def _ratio(cache: str) -> Cell:
     return cell
 
 
-def _number(cache: str, key: str, form: str) -> Cell:
+def _number(cache: str, key: str, form: str, unit: str = "") -> Cell:
     def cell(caches: dict[str, Record]) -> Text:
         value = caches[cache][key]
-        return Text("-" if value is None else format(value, form))
+        return Text("-" if value is None else format(value, form) + unit)
 
     return cell
 
@@ -102,10 +100,12 @@ COLUMNS: tuple[tuple[str, Cell, int], ...] = (
     ("quartiles", _quartiles("warm"), WIDE),
     ("ratio", _ratio("warm"), 0),
     ("GMAC/s", _number("warm", "gmacs", ".1f"), 0),
+    ("limit", _number("warm", "percent_of_limit", ".0f", "%"), WIDE),
     ("cold us", _time("cold"), 0),
     ("quartiles", _quartiles("cold"), WIDE),
     ("ratio", _ratio("cold"), 0),
     ("GB/s", _number("cold", "weight_gbs", ".1f"), 90),
+    ("limit", _number("cold", "percent_of_limit", ".0f", "%"), 90),
     ("error", _number("warm", "relative_error", ".1e"), 0),
 )
 

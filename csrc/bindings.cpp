@@ -16,6 +16,7 @@
 #include "kernels/linear/nibbles.h"
 #include "kernels/linear/octets.h"
 #include "kernels/linear/panels.h"
+#include "limits/limits.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -38,6 +39,11 @@ const Entry<const LinearKernel*> kLinear[] = {
 const Entry<EmbeddingKernel> kEmbedding[] = {
 #define PYENGINE_EMBEDDING(variant, isa) {#variant, #isa, embedding_##variant##_##isa},
 #include "kernels/embedding/kernels.inc"
+};
+
+const Entry<Limit> kLimits[] = {
+#define PYENGINE_LIMIT(name, isa) {#name, #isa, limit_##name##_##isa},
+#include "limits/limits.inc"
 };
 
 // A function of integers in Python's vectorcall convention: pybind11's look at overloads and keywords would take a
@@ -188,6 +194,16 @@ PYBIND11_MODULE(_C, m) {
           args.group = group;
           return linear_workspace_bytes(*entry(kLinear, index), args);
         });
+  m.def("limits", [] {
+    py::list rows;
+    list(rows, "limit", kLimits);
+    return rows;
+  });
+  m.def("run_limit", [](size_t index, uintptr_t data, int64_t bytes, int64_t streams, int64_t rounds, int64_t threads) {
+    const Limit limit = entry(kLimits, index);
+    py::gil_scoped_release release;
+    return run_limit(limit, {pointer<const uint8_t>(data), bytes, streams, rounds}, threads);
+  });
   m.attr("embedding") = Fast<&run_embedding>::define("embedding");
   m.def("panels_bytes", [](int64_t N, int64_t K) { return Panels(N, K).bytes; });
   m.def("pack_panels", [](uintptr_t qdata, uintptr_t scale, int64_t N, int64_t K, uintptr_t layout) {

@@ -207,19 +207,38 @@ def _bench_linear(arguments: argparse.Namespace) -> int:
         if suite not in bench.LINEAR:
             raise ValueError(f"suite {suite!r} is none of {', '.join(bench.LINEAR)}")
         shapes += bench.LINEAR[suite]
-    peers = [name for name in arguments.peers.split(",") if name]
-    schemes = [name for name in arguments.schemes.split(",") if name]
-    records = bench.run(shapes, schemes=schemes, peers=peers, threads=arguments.threads)
+    peers = list(bench.PEERS) if arguments.peers == "all" else _names(arguments.peers)
+    records = bench.run(
+        shapes,
+        schemes=_names(arguments.schemes),
+        peers=peers,
+        activations=arguments.activations,
+        threads=arguments.threads,
+    )
     problems = bench.problems(records)
 
     def show() -> None:
         out = console()
         out.print(bench.table(records, out.width))
+        for part in bench.summary(records):
+            out.print(part)
         for problem in problems:
             out.print(problem, soft_wrap=True)
 
     deliver("\n".join(map(json.dumps, records)), arguments.json, show)
     return FAILED if any(record["ours"] and record["check"] != "ok" for record in records) else 0
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _bench_plot(arguments: argparse.Namespace) -> int:
+    from . import bench
+
+    for path in bench.plot(bench.read_records(arguments.file), arguments.output):
+        print(shown(path))
+    return 0
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
@@ -292,13 +311,23 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", allow_abbrev=False, help="measure kernels against their peers")
     benches = bench.add_subparsers(metavar="WHAT", required=True)
     linear = benches.add_parser("linear", allow_abbrev=False, help="linear layers")
-    linear.add_argument("--suite", metavar="S", help="default, int4 or quick")
+    linear.add_argument("--suite", metavar="S", help="default, minilm, transformer or quick")
     linear.add_argument("--shape", metavar="MxKxN", action="append", help="instead of a suite; repeatable")
     linear.add_argument("--schemes", metavar="S,S", default="w8a8,w8", help="default: %(default)s")
-    linear.add_argument("--peers", metavar="P,P", default="torch,torch_int8", help="default: %(default)s")
+    linear.add_argument(
+        "--peers", metavar="P,P", default="torch,torch_int8_fbgemm,torch_int8_onednn",
+        help="names, or all; default: %(default)s",
+    )  # fmt: skip
+    linear.add_argument("--activations", metavar="A", default="signed", help="signed (the default) or relu")
     _threads(linear)
     _json(linear)
     linear.set_defaults(run=_bench_linear)
+    plot = benches.add_parser("plot", allow_abbrev=False, help="pictures of the records that --json wrote")
+    plot.add_argument("file", metavar="RECORDS.jsonl")
+    plot.add_argument(
+        "--output", metavar="DIR", default=".", help="for roofline.png and speedup.png; default: here"
+    )
+    plot.set_defaults(run=_bench_plot)
 
     for name, run, what in (
         ("kernels", _kernels, "every kernel: op, format, ISA"),

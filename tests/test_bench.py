@@ -10,13 +10,15 @@ from torch import nn
 
 import pyengine as pe
 from pyengine import bench, reference
-from pyengine.bench import LINEAR, LinearCase, contenders
+from pyengine.bench import LINEAR, LinearCase, contenders, peers
+from pyengine.bench.ours import ours
 from pyengine.bench.run import time_interleaved
 from pyengine.cli import main
 
 CASE = LinearCase(3, 40, 24)
 QUICK = {"seconds": 0.002, "cold_bytes": 4000}
-NAMES = ["pyengine w8a8", "pyengine w8a8 kernel", "pyengine w8", "pyengine w8 kernel", "torch", "torch_int8"]
+TORCH = list(bench.DEFAULT_PEERS)
+NAMES = ["pyengine w8a8", "pyengine w8a8 kernel", "pyengine w8", "pyengine w8 kernel", *TORCH]
 
 
 def run(**options):
@@ -34,6 +36,9 @@ def test_every_contender_has_a_record_for_warm_and_for_cold_caches():
         assert 0 < record["q1_s"] <= record["median_s"] <= record["q3_s"]
         assert record["gmacs"] == pytest.approx(3 * 40 * 24 / record["median_s"] / 1e9)
         assert record["weight_gbs"] == pytest.approx(record["weight_bytes"] / record["median_s"] / 1e9)
+        assert record["limit_gmacs"] > 0
+        assert record["percent_of_limit"] == pytest.approx(100 * record["gmacs"] / record["limit_gmacs"])
+        assert record["activations"] == "signed"
         assert {"cpu", "isa", "threads", "torch", "pyengine", "commit", "date"} <= record["machine"].keys()
         assert json.loads(json.dumps(record, allow_nan=False)) == record
     errors = {record["contender"]: record["relative_error"] for record in records}
@@ -42,14 +47,13 @@ def test_every_contender_has_a_record_for_warm_and_for_cold_caches():
     assert errors["pyengine w8a8 kernel"] == errors["pyengine w8a8"]
 
 
-def test_the_ratio_is_to_the_fastest_peer_of_the_same_cache_state():
+def test_the_ratio_is_to_the_fastest_peer_with_the_same_weights_and_cache_state():
     records = run()
-    for cache in ("warm", "cold"):
-        mine = [record for record in records if record["cache"] == cache]
-        fastest = min((r for r in mine if not r["ours"]), key=lambda r: r["median_s"])
-        for record in mine:
-            assert record["fastest_peer"] == fastest["contender"]
-            assert record["ratio"] == pytest.approx(fastest["median_s"] / record["median_s"])
+    for record in records:
+        alike = [r for r in records if (r["cache"], r["weights"]) == (record["cache"], record["weights"])]
+        fastest = min((r for r in alike if not r["ours"]), key=lambda r: r["median_s"])
+        assert record["fastest_peer"] == fastest["contender"]
+        assert record["ratio"] == pytest.approx(fastest["median_s"] / record["median_s"])
 
 
 def test_a_wrong_result_gets_no_speed(monkeypatch):
@@ -64,7 +68,7 @@ def test_a_wrong_result_gets_no_speed(monkeypatch):
         if record["ours"]:
             assert "further from the reference" in record["check"], name
             speeds = [record[key] for key in ("median_s", "q1_s", "q3_s", "gmacs", "weight_gbs", "ratio")]
-            assert speeds == [None] * 6
+            assert [*speeds, record["percent_of_limit"]] == [None] * 7
         else:
             assert record["median_s"] > 0
     values = list(records.values())
@@ -85,13 +89,13 @@ def rendered(table, width):
 def test_the_check_of_each_contender_sees_one_wrong_number(name):
     torch.manual_seed(0)
     linear = nn.Linear(40, 24).requires_grad_(False)
-    everyone = [*contenders.ours(linear, 0), *(bench.PEERS[name](linear, 0) for name in bench.DEFAULT_PEERS)]
+    everyone = [*ours(linear, 0), *(peers.contender(name, linear, 0) for name in TORCH)]
     contender = next(one for one in everyone if one.name == name)
     x = torch.randn(3, 40)
     with torch.inference_mode():
         y = contender.compute(x).clone()
     assert contender.problem(x, y) == ""
-    step = 10 * float(y.norm()) if name == "torch_int8" else 1e-4
+    step = 10 * float(y.norm()) if "torch_int8" in name else 1e-4
     for wrong in (y[1, 2] + step, math.nan):
         bad = y.clone()
         bad[1, 2] = wrong
@@ -100,7 +104,7 @@ def test_the_check_of_each_contender_sees_one_wrong_number(name):
 
 def test_the_bare_kernel_gives_the_bits_of_the_layer():
     torch.manual_seed(0)
-    layer, kernel, *_ = contenders.ours(nn.Linear(40, 24).requires_grad_(False), 0)
+    layer, kernel, *_ = ours(nn.Linear(40, 24).requires_grad_(False), 0)
     x = torch.randn(3, 40)
     with torch.inference_mode():
         assert torch.equal(layer.compute(x), kernel.compute(x))
@@ -112,20 +116,22 @@ def test_every_copy_of_the_weight_computes_the_same_on_memory_of_its_own():
     x = torch.randn(3, 40)
     with torch.inference_mode():
         for contender in (
-            *contenders.ours(linear, 6000),
-            *(bench.PEERS[name](linear, 6000) for name in bench.DEFAULT_PEERS),
+            *ours(linear, 6000),
+            *(peers.contender(name, linear, 6000) for name in TORCH),
         ):
-            calls = contender.bind(x)
-            assert len(calls) == math.ceil(6000 / contender.weight_bytes)
+            runtime = contender.runtime
+            calls, _ = runtime.bind(x, runtime.copies)
+            assert len(calls) == runtime.copies == math.ceil(6000 / runtime.weight_bytes)
             if "kernel" not in contender.name:
                 assert all(torch.equal(call(), contender.compute(x)) for call in calls)
-    layers = [call.func for call in next(contenders.ours(linear, 6000)).bind(x)]
+    layers = [call.func for call in next(ours(linear, 6000)).runtime.bind(x, 7)[0]]
     assert len({layer.layout.data_ptr() for layer in layers}) == len(layers) > 1
 
 
 def test_copies_are_bounded_for_tiny_weights():
     assert contenders.copies(1, 1 << 27) == contenders.MAX_COPIES
     assert contenders.copies(1 << 30, 1 << 27) == 1
+    assert contenders.copies(1 << 20, 1 << 27, contenders.MAX_SESSIONS) == contenders.MAX_SESSIONS
 
 
 def test_contenders_take_turns_and_cold_ones_take_another_weight_each_time():
@@ -134,19 +140,39 @@ def test_contenders_take_turns_and_cold_ones_take_another_weight_each_time():
     def calls(name, copies):
         return [lambda copy=copy: log.append((name, copy)) for copy in range(copies)]
 
-    for warm in (True, False):
+    for evict in (None, lambda: log.append(("evict", 0))):
         log.clear()
-        times = time_interleaved([calls("a", 3), calls("b", 2)], 1e-9, warm=warm)
+        times = time_interleaved([calls("a", 3), calls("b", 2)], 1e-9, evict=evict)
         rounds = len(times[0])
         assert len(times[1]) == rounds >= 7
-        order = [name for i, (name, _) in enumerate(log) if i == 0 or name != log[i - 1][0]]
-        assert order[-2 * rounds :] == ["a", "b"] * rounds
+        turns = [name for i, (name, _) in enumerate(log) if i == 0 or name != log[i - 1][0]]
+        turn = ["a", "b"] if evict is None else ["evict", "a", "evict", "b"]
+        assert turns[-len(turn) * rounds :] == turn * rounds
         for name, copies in (("a", 3), ("b", 2)):
             used = [copy for who, copy in log if who == name]
-            if warm:
+            if evict is None:
                 assert set(used) == {0}
-            else:
-                assert used == [i % copies for i in range(len(used))]
+            else:  # the last one once more, then the next one on the clock
+                assert used[1::2] == [i % copies for i in range(len(used) // 2)]
+                assert used[::2] == [(i - 1) % copies for i in range(len(used) // 2)]
+
+
+def test_a_cold_sample_uses_no_weight_twice():
+    used = []
+    calls = [lambda copy=copy: used.append(copy) for copy in range(4)]
+    time_interleaved([calls], 1e-3, evict=lambda: used.append("evict"))
+    samples = [sample.split() for sample in " ".join(map(str, used)).split("evict")]
+    assert max(map(len, samples)) == len(calls)
+    assert all(len(set(sample)) == len(sample) for sample in samples)
+
+
+def test_calls_that_settle_are_not_on_the_clock():
+    counts = []
+    for settle in (0.0, 0.002):
+        used = []
+        times = time_interleaved([[lambda used=used: used.append(0)]], 1e-9, evict=None, settle=settle)
+        counts.append(len(used) / len(times[0]))
+    assert counts[0] < 3 < 30 < counts[1]
 
 
 def test_threads_are_set_for_the_run_and_put_back():
@@ -159,12 +185,24 @@ def test_threads_are_set_for_the_run_and_put_back():
 def test_a_peer_that_this_torch_lacks_is_named_and_the_others_are_measured(monkeypatch):
     monkeypatch.delattr(torch.ao.quantization, "quantize_dynamic")
     records = run()
-    missing = [record for record in records if record["contender"] == "torch_int8"]
-    assert [record["cache"] for record in missing] == ["warm", "cold"]
+    missing = [record for record in records if record["contender"].startswith("torch_int8")]
+    assert [record["cache"] for record in missing] == ["warm", "warm", "cold", "cold"]
     assert all("not available here" in record["check"] for record in missing)
-    assert all(record["median_s"] is None for record in missing)
-    assert {record["fastest_peer"] for record in records if record["ours"]} == {"torch"}
-    assert "torch_int8" in rendered(bench.table(records, 80), 80)
+    assert all(record["median_s"] is None and record["weights"] == "int8" for record in missing)
+    assert {record["fastest_peer"] for record in records if record["ours"]} == {None}
+    assert "torch_int8_fbgemm" in rendered(bench.table(records, 80), 80)
+
+
+def test_relu_leaves_no_activation_below_zero(monkeypatch):
+    seen = []
+    exact = contenders.exact
+    monkeypatch.setattr(
+        sys.modules["pyengine.bench.run"], "exact", lambda linear, x: seen.append(x) or exact(linear, x)
+    )
+    for activations in ("signed", "relu"):
+        run(activations=activations, peers=(), schemes=("w8a8",))
+    assert float(seen[0].min()) < 0
+    assert torch.equal(seen[1], seen[0].relu())
 
 
 def test_peers_can_be_left_out():
@@ -174,16 +212,18 @@ def test_peers_can_be_left_out():
 
 
 def test_unknown_peers_raise():
-    with pytest.raises(ValueError, match="peer 'nix' is none of torch, torch_int8"):
+    with pytest.raises(ValueError, match="peer 'nix' is none of torch, torch_int8_fbgemm"):
         run(peers=("torch", "nix"))
+    with pytest.raises(ValueError, match="activations 'nix' is none of signed, relu"):
+        run(activations="nix")
 
 
 def test_a_peer_whose_package_is_missing_is_said_and_the_others_are_measured(monkeypatch):
-    for package in ("onnxruntime", "ai_edge_litert"):
+    for package in ("onnx", "onnxruntime", "openvino", "ai_edge_litert"):
         monkeypatch.setitem(sys.modules, package, None)
-    records = run(peers=("torch", "onnxruntime_int4", "litert_int4"))
+    records = bench.run([LinearCase(3, 64, 24)], **QUICK, peers=tuple(bench.PEERS))
     for record in records:
-        absent = record["contender"] in ("onnxruntime_int4", "litert_int4")
+        absent = not record["ours"] and not record["contender"].startswith("torch")
         assert record["check"].startswith("not available here: ModuleNotFoundError" if absent else "ok")
         assert (record["median_s"] is None) == absent
 
@@ -216,11 +256,11 @@ def test_the_table_fits_the_terminal_and_cuts_no_number(width):
     assert "…" not in text
     assert text.count("12345.6") == 2 * len(NAMES)
     assert ("12222.2-13333.3" in text) == (width > 120)
-    assert records[0]["machine"]["isa"] in text.splitlines()[0]
+    assert records[0]["machine"]["isa"].upper() in text.splitlines()[0]
 
 
 def test_a_loss_is_shown_as_a_win_is():
-    records = run(peers=("torch",))
+    records = run()
     for record in records:
         if record["contender"] == "pyengine w8":
             record["ratio"] = 0.25
@@ -242,6 +282,9 @@ def test_pyengine_bench_writes_json_lines_beside_the_table(tmp_path, capsys, mon
     assert main(["bench", "linear", "--shape", "3x40x24", "--peers", "torch", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {json.loads(line)["contender"] for line in lines} == set(NAMES[:5])
+    command = ["bench", "linear", "--shape", "3x40x24", "--peers", "", "--activations", "relu", "--json"]
+    assert main(command) == 0
+    assert {json.loads(line)["activations"] for line in capsys.readouterr().out.splitlines()} == {"relu"}
 
 
 def test_pyengine_bench_fails_if_a_kernel_of_ours_is_wrong(capsys, monkeypatch):

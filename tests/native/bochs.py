@@ -117,7 +117,10 @@ def main(path, isa, first, count, variants=VARIANTS):
     driver.linear_case.restype = ctypes.c_void_p
     driver.linear_case.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_uint64]
     for function in (driver.linear_case_calls, driver.linear_case_memory):
-        function.restype, function.argtypes = ctypes.c_uint64, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+        function.restype, function.argtypes = (
+            ctypes.c_uint64,
+            [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64],
+        )
     driver.linear_case_finish.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64]
     driver.linear_case_finish.restype = None
 
