@@ -10,7 +10,7 @@ namespace {
 
 struct Simd {
   static constexpr int kLanes = 16;
-  static constexpr int kByteRows = 8, kBytePanels = 2, kTileRows = 8, kTilePanels = 2, kFloatRows = 8;
+  static constexpr int kByteRows = 8, kBytePanels = 2, kTileRows = 8, kTilePanels = 1, kFloatRows = 8;
   using F = __m512;
   using I = __m512i;
 
@@ -64,7 +64,7 @@ struct Simd {
     return sub_i(correction, _mm512_dpbusd_epi32(zero_i(), _mm512_set1_epi8(-128), codes));
   }
   static I load_weights(const uint8_t* p) { return _mm512_xor_si512(load_bytes(p), _mm512_set1_epi8(-128)); }
-  static I dot4(I sum, I quad, I w) { return _mm512_dpbusd_epi32(sum, w, quad); }
+  static I dot4(I sum, I quad, I w) { return in_order(_mm512_dpbusd_epi32(sum, w, quad)); }
 
   static I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
@@ -76,7 +76,7 @@ struct Simd {
     I lanes;
   };
   static Partial zero_partial() { return {zero_i()}; }
-  static Partial dot4_nibbles(Partial sum, I w, I a) { return {_mm512_dpbusd_epi32(sum.lanes, w, a)}; }
+  static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, a, w)}; }
   static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
   static I even_bytes(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
@@ -86,7 +86,7 @@ struct Simd {
     const I low = Shift ? _mm512_srli_epi16(x, Shift) : x;
     return Shift == 12 ? low : _mm512_and_si512(low, _mm512_set1_epi16(15));
   }
-  static I dot2(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  static I dot2(I sum, I a, I b) { return in_order(_mm512_dpwssd_epi32(sum, a, b)); }
 
   static F load_bf16(const uint16_t* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -122,6 +122,11 @@ struct Simd {
   static I swap_middle(I x) { return _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(x, 0xd8), 0xd8); }
 
  private:
+  // As in avxvnni.h.
+  static I in_order(I sum) {
+    __asm__("" : "+v"(sum));
+    return sum;
+  }
   static __m128i narrow(F x, F scale) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(mul(x, scale))); }
 };
 

@@ -9,6 +9,14 @@ namespace {
 struct Simd : Avx2 {
   static constexpr int kByteRows = 4, kBytePanels = 1, kTileRows = 4, kTilePanels = 1;
 
+  // Volatile, so that GCC loads a code for each column of a tile again: kept for all of them, they would leave no registers
+  // for the sums.
+  static I broadcast4(const void* p) {
+    using Word [[gnu::may_alias, gnu::aligned(1)]] = int32_t;
+    I y;
+    __asm__ volatile("vpbroadcastd %1, %0" : "=x"(y) : "m"(*static_cast<const Word*>(p)));
+    return y;
+  }
   static I add_bytes(I sum, I x) { return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi8(1), x); }
 
   // vpdpbusd adds the products of four unsigned with four signed bytes to a lane, modulo 2^32. The weight is the unsigned
@@ -18,16 +26,24 @@ struct Simd : Avx2 {
     return sub_i(correction, _mm256_dpbusd_avx_epi32(zero_i(), _mm256_set1_epi8(-128), codes));
   }
   static I load_weights(const uint8_t* p) { return _mm256_xor_si256(load_bytes(p), _mm256_set1_epi8(-128)); }
-  static I dot4(I sum, I quad, I w) { return _mm256_dpbusd_avx_epi32(sum, w, quad); }
+  static I dot4(I sum, I quad, I w) { return in_order(_mm256_dpbusd_avx_epi32(sum, w, quad)); }
 
   struct Partial {
     I lanes;
   };
   static Partial zero_partial() { return {zero_i()}; }
-  static Partial dot4_nibbles(Partial sum, I w, I a) { return {_mm256_dpbusd_avx_epi32(sum.lanes, w, a)}; }
+  static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, a, w)}; }
   static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
-  static I dot2(I sum, I a, I b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+  static I dot2(I sum, I a, I b) { return in_order(_mm256_dpwssd_avx_epi32(sum, a, b)); }
+
+ private:
+  // An empty statement that may change the sum: else GCC moves products of a step past each other, and keeps sums on the
+  // stack.
+  static I in_order(I sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+  }
 };
 
 }  // namespace

@@ -16,16 +16,19 @@ ISAS = json.loads((CSRC / "isas.json").read_text())
 COMMON = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-g0"]
 
 
-def sources(isas):
+def sources(isas, wide_flags):
     """(file, flags) of all that the driver links."""
     kernels = [path for path in CSRC.glob("kernels/*/*.cpp") if path.stem not in ISAS]
     rest = [CSRC / "parallel.cpp", CSRC / "cpu_features.cpp", *HERE.glob("*.cpp")]
-    wide = [(path, ISAS[isa]["flags"]) for isa in isas for path in CSRC.glob(f"kernels/*/{isa}.cpp")]
+    wide = [(path, [*ISAS[isa]["flags"], *wide_flags]) for isa in isas for path in CSRC.glob(f"kernels/*/{isa}.cpp")]
     return [(path, []) for path in (*kernels, *rest)] + wide
 
 
-def build(folder, isas, *, compiler="g++", flags=("-O2",), shared=False):
-    """folder/driver, or with shared folder/driver.so, of the portable kernels and those of `isas`."""
+def build(folder, isas, *, compiler="g++", flags=("-O1",), wide_flags=("-O3",), shared=False):
+    """folder/driver, and with shared folder/driver.so, of the portable kernels and those of `isas`.
+
+    These are compiled as setup.py does; the portable kernels would take half a minute that way.
+    """
     names = ", ".join(f'"{isa}"' for isa in ("portable", *isas))
     defines = [f"-DPYENGINE_{isa.upper()}" for isa in isas] + [f"-DPYENGINE_ISAS={names}"]
     base = [*compiler.split(), *COMMON, *flags, *defines, f"-I{CSRC}", f"-I{HERE}"]
@@ -37,8 +40,7 @@ def build(folder, isas, *, compiler="g++", flags=("-O2",), shared=False):
         run([*base, *wide, "-c", str(path), "-o", str(to)])
         return str(to)
 
-    # The longest first: kernels, and among them the portable ones.
-    order = sorted(sources(isas), key=lambda source: (source[0].stem != "portable", not source[1]))
+    order = sorted(sources(isas, wide_flags), key=lambda source: not source[1])  # the longest first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, order))
     driver = Path(folder, "driver")
@@ -59,7 +61,9 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--compiler", default="g++")
     parser.add_argument("--isas", default="")
-    parser.add_argument("--flags", default="-O2")
+    parser.add_argument("--flags", default="-O1", help="of all files")
+    parser.add_argument("--wide-flags", default="-O3", help="of the kernels of these instruction sets besides")
     options = parser.parse_args()
     isas = [isa for isa in options.isas.split(",") if isa not in ("", "portable")]
-    print(build(options.folder, isas, compiler=options.compiler, flags=options.flags.split(), shared=True))
+    flags = {"flags": options.flags.split(), "wide_flags": options.wide_flags.split()}
+    print(build(options.folder, isas, compiler=options.compiler, shared=True, **flags))

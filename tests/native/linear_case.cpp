@@ -64,7 +64,7 @@ void LinearCase::choose_shape() {
   } else if (random_.once_in(25)) {
     args_.K = random_.between(600, 3000);
   } else if (activation_bits_ == 8 && random_.once_in(100)) {  // more than one int32 holds
-    args_.M = random_.between(1, 3);
+    args_.M = random_.between(1, 2);
     args_.N = random_.between(1, 17);
     args_.K = (1 << 17) + random_.between(1, 200);
   }
@@ -151,7 +151,7 @@ void LinearCase::set_weight(int64_t n, int64_t k, int32_t code, double value, do
 void LinearCase::make_panels() {
   const int64_t N = args_.N, K = args_.K;
   std::vector<uint8_t> qdata(static_cast<size_t>(N * K));
-  std::vector<float> scale(static_cast<size_t>(N));
+  std::vector<float> scale(static_cast<size_t>(N) + 1);  // memcpy wants an address even of nothing
   constexpr int kLimit[] = {127, 2, 2, 127, 127, 2, 127, 2};  // two of these fill 16 bits, see panels.h
   const int64_t kind = random_.between(0, 5);
   for (int64_t n = 0; n < N; n++) {
@@ -273,7 +273,7 @@ std::string LinearCase::check(bool native) {
           memory_.workspace.take(static_cast<size_t>(linear_workspace_bytes(*portable.kernel, args)), at_end_, 64);
       linear(*portable.kernel, args);
       const std::vector<uint8_t> expected(memory_.y.data(), memory_.y.data() + memory_.y.size());
-      std::memcpy(memory_.y.data(), y.data(), y.size());
+      std::copy(y.begin(), y.end(), memory_.y.data());
       return compare_floats(expected.data());
     }
   return "has no portable kernel beside it";
