@@ -72,9 +72,11 @@ extension = Pybind11Extension(
     "pyengine._C",
     sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/limits/*.cpp") + glob.glob("csrc/kernels/*/*.cpp")),
     include_dirs=["csrc"],
-    depends=["csrc/isas.json"]
-    + glob.glob("csrc/**/*.h", recursive=True)
-    + glob.glob("csrc/**/*.inc", recursive=True),
+    depends=[
+        "csrc/isas.json",
+        *glob.glob("csrc/**/*.h", recursive=True),
+        *glob.glob("csrc/**/*.inc", recursive=True),
+    ],
     cxx_std=17,
     # Contraction is off so that a multiply and an add are fused only where a kernel says so.
     extra_compile_args=[

@@ -1,7 +1,10 @@
 """The built extension keeps the rules of csrc/README.md."""
 
+import json
+import platform
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +35,19 @@ def test_no_weak_symbol_comes_from_the_kernels():
     ours = [row for row in weak if "pyengine::" in row or "Simd" in row or "LinearArgs" in row]
     # parallel_for is a template of the drivers, which are built for the baseline only.
     assert [row for row in ours if "parallel_for" not in row] == []
+
+
+def test_every_instruction_set_of_this_architecture_is_built():
+    """A compiler that lacks one leaves it out; the pinned one knows all."""
+    isas = json.loads((Path(__file__).parents[1] / "csrc/isas.json").read_text())
+    here = {name for name, isa in isas.items() if isa["arch"] == platform.machine()}
+    built = {isa for op, _, isa, _, _ in _C.kernels() if op == "linear"} - {"portable"}
+    assert built <= here
+    if (
+        "Debian 12."
+        in subprocess.run(["readelf", "-p", ".comment", _C.__file__], capture_output=True, text=True).stdout
+    ):
+        assert built == here
 
 
 def test_kernel_table_lists_every_isa_of_every_op_once():

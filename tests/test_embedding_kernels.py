@@ -48,7 +48,7 @@ def expected(ids, weight, dtype=torch.float32):
 
 
 def test_the_tables_hold_kernels_of_every_supported_instruction_set():
-    supported = {isa for _, _, isa, _, runs in _C.kernels() if runs}
+    supported = {isa for op, _, isa, _, runs in _C.kernels() if runs and op == "embedding"}
     assert {case.values[0].isa for case in CASES} == supported | {"torch"}
 
 

@@ -1,5 +1,5 @@
-"""Every instruction set gives the same integers and stays in its arrays: tests/native on this processor, and in emulators
-for what it lacks. csrc/README.md says how to run each by hand.
+"""Every instruction set gives the same integers and stays in its arrays: tests/native on this processor, and
+in emulators for what it lacks. csrc/README.md says how to run each by hand.
 """
 
 import os
@@ -91,4 +91,3 @@ def test_sanitizers_find_nothing(tmp_path_factory, supported):
     path = build(tmp_path_factory.mktemp("sanitized"), isas, flags=["-O0", *checks], wide_flags=[])
     for isa in ("portable", *isas):
         assert ", 0 failed" in driver(path, isa, 0, 25)[0]
-

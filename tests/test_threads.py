@@ -16,7 +16,8 @@ from helpers import assert_same_bits, in_child, inputs, kernel_cases, random_wei
 import pyengine as pe
 from pyengine import _C, ops
 from pyengine.backends import cpu
-from pyengine.formats import A8, parse_format
+from pyengine.formats import A8, ACTIVATIONS, parse_format
+from pyengine.registry import Problem, choose
 
 compiled = [case for case in kernel_cases("linear") if not case.values[0].fallback]
 kernels = pytest.mark.parametrize(("kernel", "format", "spec"), compiled)
@@ -181,6 +182,8 @@ def test_an_unknown_pyengine_isa_raises_value_error_at_import():
         ("portable", ("portable", "avx2"), ("portable",)),
         ("avx2", ("portable",), ("portable",)),
         (None, ("portable",), ("portable",)),
+        (None, cpu.ISAS, cpu.ISAS[::-1]),
+        ("avxvnni", cpu.ISAS, ("avxvnni", "avx2", "portable")),
     ],
 )
 def test_pyengine_isa_can_only_lower(wish, machine, allowed, monkeypatch):
@@ -189,6 +192,26 @@ def test_pyengine_isa_can_only_lower(wish, machine, allowed, monkeypatch):
         monkeypatch.setenv("PYENGINE_ISA", wish)
     monkeypatch.setattr(cpu, "_C", SimpleNamespace(isa_supported=lambda isa: isa in machine))
     assert cpu._allowed_isas() == allowed
+
+
+@pytest.mark.parametrize(
+    ("op", "format", "input_spec", "best"),
+    [
+        ("linear", "int8", "a8", "amx"),
+        ("linear", "int8", "a16", "avx512vnni"),
+        ("linear", "int4_g32", "a8", "avx512vnni"),
+        ("linear", "int4_g32", "float", "avx512vnni"),
+        ("embedding", "int8", "float", "avx2"),
+    ],
+)
+def test_where_the_best_instruction_set_has_no_kernel_the_next_best_is_chosen(op, format, input_spec, best):
+    """On a processor that has all that this extension was built with."""
+    rows = sorted(_C.kernels(), key=lambda row: cpu.ISAS.index(row[2]), reverse=True)
+    kernels = [cpu._spec(row[0], row[1], row[2], row[3]) for row in rows]
+    if best not in {kernel.isa for kernel in kernels}:
+        pytest.skip(f"this extension was built without {best}")
+    problem = Problem(op, parse_format(format), ACTIVATIONS[input_spec], "cpu")
+    assert choose(kernels, problem).isa == best
 
 
 def test_the_chosen_kernel_is_of_the_best_allowed_instruction_set():

@@ -6,6 +6,7 @@ By hand: python tests/native/bochs.py FOLDER/driver.so avx512vnni FIRST COUNT [V
 import ctypes
 import sys
 import time
+from pathlib import Path
 
 import bochscpu
 import bochscpu.cpu
@@ -44,7 +45,7 @@ class Emulator:
         self.map(ctypes.addressof(self.halt), len(self.halt))
         # With their data, which goes on in memory without a name. memcpy and memset are in libc.
         named = False
-        for line in open("/proc/self/maps"):
+        for line in Path("/proc/self/maps").read_text().splitlines(keepends=True):
             fields = line.split()
             file = fields[5].rsplit("/")[-1] if len(fields) > 5 else ""
             named = file.startswith(("driver.so", "libc.", "libc-")) or (named and not file)

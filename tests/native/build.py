@@ -20,7 +20,11 @@ def sources(isas, wide_flags):
     """(file, flags) of all that the driver links."""
     kernels = [path for path in CSRC.glob("kernels/*/*.cpp") if path.stem not in ISAS]
     rest = [CSRC / "parallel.cpp", CSRC / "cpu_features.cpp", *HERE.glob("*.cpp")]
-    wide = [(path, [*ISAS[isa]["flags"], *wide_flags]) for isa in isas for path in CSRC.glob(f"kernels/*/{isa}.cpp")]
+    wide = [
+        (path, [*ISAS[isa]["flags"], *wide_flags])
+        for isa in isas
+        for path in CSRC.glob(f"kernels/*/{isa}.cpp")
+    ]
     return [(path, []) for path in (*kernels, *rest)] + wide
 
 
@@ -62,7 +66,9 @@ if __name__ == "__main__":
     parser.add_argument("--compiler", default="g++")
     parser.add_argument("--isas", default="")
     parser.add_argument("--flags", default="-O1", help="of all files")
-    parser.add_argument("--wide-flags", default="-O3", help="of the kernels of these instruction sets besides")
+    parser.add_argument(
+        "--wide-flags", default="-O3", help="of the kernels of these instruction sets besides"
+    )
     options = parser.parse_args()
     isas = [isa for isa in options.isas.split(",") if isa not in ("", "portable")]
     flags = {"flags": options.flags.split(), "wide_flags": options.wide_flags.split()}
