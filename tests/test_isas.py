@@ -51,7 +51,7 @@ def supported(x86):
 @pytest.mark.parametrize("isa", ["portable", *X86])
 def test_thousands_of_random_calls_agree_where_the_processor_has_the_instructions(x86, supported, isa):
     if isa not in supported:
-        pytest.skip(f"this processor has no {isa}: test_random_calls_agree_in_an_emulator stands for it")
+        pytest.skip(f"this processor has no {isa}: an emulator stands for it below")
     assert ", 0 failed" in driver(x86, isa, 0, 500)[0]
 
 

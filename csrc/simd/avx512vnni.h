@@ -59,12 +59,9 @@ struct Simd {
   }
 
   // As in avxvnni.h: the weight + 128 is the unsigned operand of vpdpbusd.
-  static I store_quads(I correction, I codes, uint8_t* to) {
-    store_bytes(to, codes);
-    return sub_i(correction, _mm512_dpbusd_epi32(zero_i(), _mm512_set1_epi8(-128), codes));
-  }
+  static constexpr int32_t kWeightOffset = 128;
   static I load_weights(const uint8_t* p) { return _mm512_xor_si512(load_bytes(p), _mm512_set1_epi8(-128)); }
-  static I dot4(I sum, I quad, I w) { return in_order(_mm512_dpbusd_epi32(sum, w, quad)); }
+  static I dot4(I sum, I w, I codes) { return in_order(_mm512_dpbusd_epi32(sum, w, codes)); }
 
   static I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
@@ -76,7 +73,7 @@ struct Simd {
     I lanes;
   };
   static Partial zero_partial() { return {zero_i()}; }
-  static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, a, w)}; }
+  static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, w, a)}; }
   static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
   static I even_bytes(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }

@@ -21,18 +21,15 @@ struct Simd : Avx2 {
 
   // vpdpbusd adds the products of four unsigned with four signed bytes to a lane, modulo 2^32. The weight is the unsigned
   // one: w ^ 0x80 is w + 128, so that a sum has 128 times the sum of its codes too much, one number per row.
-  static I store_quads(I correction, I codes, uint8_t* to) {
-    store_bytes(to, codes);
-    return sub_i(correction, _mm256_dpbusd_avx_epi32(zero_i(), _mm256_set1_epi8(-128), codes));
-  }
+  static constexpr int32_t kWeightOffset = 128;
   static I load_weights(const uint8_t* p) { return _mm256_xor_si256(load_bytes(p), _mm256_set1_epi8(-128)); }
-  static I dot4(I sum, I quad, I w) { return in_order(_mm256_dpbusd_avx_epi32(sum, w, quad)); }
+  static I dot4(I sum, I w, I codes) { return in_order(_mm256_dpbusd_avx_epi32(sum, w, codes)); }
 
   struct Partial {
     I lanes;
   };
   static Partial zero_partial() { return {zero_i()}; }
-  static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, a, w)}; }
+  static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, w, a)}; }
   static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
   static I dot2(I sum, I a, I b) { return in_order(_mm256_dpwssd_avx_epi32(sum, a, b)); }

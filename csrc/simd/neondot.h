@@ -98,13 +98,10 @@ struct Simd {
   }
 
   // sdot multiplies signed by signed bytes and adds four products in 32 bits: codes are taken as they are.
-  static I store_quads(I correction, I codes, uint8_t* to) {
-    store_bytes(to, codes);
-    return correction;
-  }
+  static constexpr int32_t kWeightOffset = 0;
   static I load_weights(const uint8_t* p) { return load_bytes(p); }
-  static I dot4(I sum, I quad, I w) {
-    return {vdotq_s32(sum.low, bytes(quad.low), bytes(w.low)), vdotq_s32(sum.high, bytes(quad.high), bytes(w.high))};
+  static I dot4(I sum, I w, I codes) {
+    return {vdotq_s32(sum.low, bytes(w.low), bytes(codes.low)), vdotq_s32(sum.high, bytes(w.high), bytes(codes.high))};
   }
 
   static I split_bits(uint64_t word, int bits) {
@@ -130,7 +127,7 @@ struct Simd {
     I lanes;
   };
   static Partial zero_partial() { return {zero_i()}; }
-  static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, a, w)}; }
+  static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, w, a)}; }
   static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
 
   // The halves that dot2 multiplies stand apart: the first ones of all lanes in the low register, the second ones in

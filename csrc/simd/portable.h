@@ -121,17 +121,13 @@ struct Simd {
     return each([&](int i) { return static_cast<float>(byte_of(x.lane[i], Byte)); });
   }
 
-  // Products of int8 codes of a row, in [-127, 127], and any int8 weights. store_quads puts 4 * kLanes codes into the form
-  // that dot4 wants, and returns correction + what all sums over these codes will lack, spread over the lanes in any way.
-  static I store_quads(I correction, I codes, uint8_t* to) {
-    store_bytes(to, codes);
-    return correction;
-  }
+  // kLanes times four weights of int8 as dot4 wants them, which is kWeightOffset too large.
+  static constexpr int32_t kWeightOffset = 0;
   static I load_weights(const uint8_t* p) { return load_bytes(p); }
-  // sum + the sum over the four bytes of each lane of code * w, but for the correction.
-  static I dot4(I sum, I quad, I w) {
+  // sum + the sum over the four bytes of each lane of w, from load_weights, times a code in [-127, 127].
+  static I dot4(I sum, I w, I codes) {
     for (int i = 0; i < 8; i++)
-      for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(quad.lane[i], b) * byte_of(w.lane[i], b);
+      for (int b = 0; b < 4; b++) sum.lane[i] += byte_of(w.lane[i], b) * byte_of(codes.lane[i], b);
     return sum;
   }
 

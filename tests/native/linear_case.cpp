@@ -152,16 +152,15 @@ void LinearCase::make_panels() {
   const int64_t N = args_.N, K = args_.K;
   std::vector<uint8_t> qdata(static_cast<size_t>(N * K));
   std::vector<float> scale(static_cast<size_t>(N) + 1);  // memcpy wants an address even of nothing
-  constexpr int kLimit[] = {127, 2, 2, 127, 127, 2, 127, 2};  // two of these fill 16 bits, see panels.h
   const int64_t kind = random_.between(0, 5);
   for (int64_t n = 0; n < N; n++) {
     scale[static_cast<size_t>(n)] = random_.once_in(10) ? 0.0f : static_cast<float>((0.5 + random_.uniform()) / 128);
     for (int64_t k = 0; k < K; k++) {
       const bool negative = random_.once_in(2);
-      const int limit = kLimit[k % 8] + (random_.once_in(100) ? 1 : 0);
+      const int size = k / 16 % 2 ? 127 : static_cast<int>(k % 5);  // limits of panels.h that differ along K
       const int code = kind == 0   ? -128
                        : kind == 1 ? (negative ? -127 : 127)
-                       : kind == 2 ? (negative ? -limit : limit - 1)
+                       : kind == 2 ? (negative ? -size : size)
                        : kind == 3 ? static_cast<int>(random_.between(-63, 63))
                                    : static_cast<int>(random_.between(-128, 127));
       qdata[static_cast<size_t>(n * K + k)] = static_cast<uint8_t>(code + 128);

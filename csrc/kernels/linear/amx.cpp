@@ -4,10 +4,11 @@
 
 #include "kernels/linear/epilogue.inc"
 #include "kernels/linear/quantize.inc"
+#include "kernels/linear/signed_rows.inc"
 #include "kernels/linear/tiles.inc"
 #include "kernels/linear/int8_a8.inc"
 #include "kernels/linear/amx.inc"
 
 namespace pyengine {
-const LinearKernel linear_int8_a8_amx = {a8_workspace_bytes, a8_rows, amx_panels};
+const LinearKernel linear_int8_a8_amx = {signed_workspace_bytes<int8_t>, signed_rows<int8_t>, amx_panels};
 }

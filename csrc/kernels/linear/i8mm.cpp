@@ -3,10 +3,10 @@
 
 #include "kernels/linear/epilogue.inc"
 #include "kernels/linear/quantize.inc"
+#include "kernels/linear/signed_rows.inc"
 #include "kernels/linear/tiles.inc"
-#include "kernels/linear/int8_a8.inc"
 #include "kernels/linear/octets.inc"
 
 namespace pyengine {
-const LinearKernel linear_int8_a8_i8mm = {a8_workspace_bytes, a8_rows, octets_panels};
+const LinearKernel linear_int8_a8_i8mm = {signed_workspace_bytes<int8_t>, signed_rows<int8_t>, octets_panels};
 }

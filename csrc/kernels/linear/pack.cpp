@@ -47,7 +47,7 @@ uint16_t limit_of(int32_t energy) { return static_cast<uint16_t>(std::min(65534,
 void pack_panels(const uint8_t* qdata, const float* scale, int64_t N, int64_t K, uint8_t* layout) {
   const Panels panels(N, K);
   std::memset(layout, 0, static_cast<size_t>(panels.codes));
-  std::memcpy(layout, scale, static_cast<size_t>(N) * 4);
+  if (N) std::memcpy(layout, scale, static_cast<size_t>(N) * 4);  // of no rows the pointer may be null
   uint8_t* codes = layout + panels.codes;
   parallel_for(panels.count, 1 + (1 << 16) / (kPanel * (panels.depth + 1)), [=](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) {

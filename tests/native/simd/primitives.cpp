@@ -148,23 +148,27 @@ class Run {
     }
   }
 
-  // Each quad of codes times the same weights, and what the sum lacks; with the primitives that the instruction set has.
+  // Each quad of codes times the same weights, with the primitives that the instruction set has.
   I sum_of_products(const uint8_t* weights) {
-    I lacking = S::zero_i(), sum = S::zero_i();
-    uint8_t row[2 * kCount];
+    I sum = S::zero_i();
     if constexpr (kDotsBytes<S>) {
-      for (int n = 0; n < kCount; n += 4 * S::kLanes)
-        lacking = S::store_quads(lacking, S::load_bytes(in_.codes + n), row + n);
-      for (int k = 0; k < kCount; k += 4) sum = S::dot4(sum, S::broadcast4(row + k), S::load_weights(weights));
+      int32_t total = 0;
+      for (int k = 0; k < kCount; k += 4) {
+        sum = S::dot4(sum, S::load_weights(weights), S::broadcast4(in_.codes + k));
+        for (int i = 0; i < 4; i++) total += in_.codes[k + i];
+      }
+      return S::add_i(sum, S::set_i(-S::kWeightOffset * total));
     } else {
+      I negative = S::zero_i();
+      uint8_t row[2 * kCount];
       for (int n = 0; n < kCount; n += 4 * S::kLanes)
-        lacking = S::store_signs_and_magnitudes(lacking, S::load_bytes(in_.codes + n), row + 2 * n);
+        negative = S::store_signs_and_magnitudes(negative, S::load_bytes(in_.codes + n), row + 2 * n);
       for (int k = 0; k < 2 * kCount; k += 8) {
         const I flipped = S::flip(S::load_bytes(weights), S::broadcast4(row + k));
         sum = S::add_widened(sum, S::products(S::broadcast4(row + k + 4), flipped));
       }
+      return S::add_i(sum, S::set_i(S::reduce_add(negative)));
     }
-    return S::add_i(sum, S::set_i(S::reduce_add(lacking)));
   }
 
   void halves() {
