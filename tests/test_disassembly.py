@@ -89,12 +89,11 @@ def spills(lines):
 
 
 # What is not yet so, in instructions of the worst tile. int8_a8 of AVX2 holds eight sums and the signs and
-# magnitudes of four quads; tiles of nibbles add up their partial sums beside the products; one row against
-# four panels has 16 of sums and codes where 8 lanes are a vector.
+# magnitudes of four quads; two rows of 16-bit codes against two panels of nibbles want 17 registers; one row
+# against four panels has 16 of sums and codes where 8 lanes are a vector.
 KNOWN = {
-    "avx2": {"a8_tile": 10, "int4_tile": 16, "float_row": 8},
-    "avxvnni": {"int4_tile": 2, "float_row": 8},
-    "avx512vnni": {"int4_tile": 6},
+    "avx2": {"a8_tile": 10, "int4_tile": 10, "float_row": 8},
+    "avxvnni": {"float_row": 8},
 }
 
 

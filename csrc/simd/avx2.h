@@ -107,17 +107,21 @@ struct Simd {
   static F nibble_to_float(I x) {
     return to_float(_mm256_and_si256(_mm256_srli_epi32(x, Shift), _mm256_set1_epi32(15)));
   }
-  // Sums of pairs in 16 bits: 8 quads of 2 * 15 * 127 each are at most 30480.
+  // Sums of pairs in 16 bits: 8 quads of 2 * 15 * 127 each are at most 30480. The first word of a lane has the start as
+  // well, and ends at the sum of 16 (w - zero) a less zero times 16 other a: at most (8 + 8) * 16 * 127 = 32512, whatever
+  // wraps on the way.
+  static constexpr int64_t kPartialQuads = 8;
   struct Partial {
     I pairs;
   };
-  static Partial zero_partial() { return {zero_i()}; }
+  static int32_t code_of_partial(int32_t start) { return start & 0xffff; }
+  static Partial start_partial(I code) { return {code}; }
   static Partial dot4_nibbles(Partial sum, I w, I a) {
-    return {_mm256_add_epi16(sum.pairs, _mm256_maddubs_epi16(w, a))};
+    sum.pairs = _mm256_add_epi16(sum.pairs, _mm256_maddubs_epi16(w, a));
+    __asm__("" : "+x"(sum.pairs));  // see dot2
+    return sum;
   }
-  static I add_partial(I sum, Partial p) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(p.pairs, _mm256_set1_epi16(1)));
-  }
+  static I widen_partial(Partial p) { return _mm256_madd_epi16(p.pairs, _mm256_set1_epi16(1)); }
 
   static I even_bytes(I x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
   static I odd_bytes(I x) { return _mm256_srai_epi16(x, 8); }

@@ -69,12 +69,14 @@ struct Simd {
   static F nibble_to_float(I x) {
     return to_float(_mm512_and_si512(_mm512_srli_epi32(x, Shift), set_i(15)));
   }
+  static constexpr int64_t kPartialQuads = 1 << 15;
   struct Partial {
     I lanes;
   };
-  static Partial zero_partial() { return {zero_i()}; }
+  static int32_t code_of_partial(int32_t start) { return start; }
+  static Partial start_partial(I code) { return {code}; }
   static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, w, a)}; }
-  static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
+  static I widen_partial(Partial p) { return p.lanes; }
 
   static I even_bytes(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
   static I odd_bytes(I x) { return _mm512_srai_epi16(x, 8); }

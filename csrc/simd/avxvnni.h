@@ -25,12 +25,14 @@ struct Simd : Avx2 {
   static I load_weights(const uint8_t* p) { return _mm256_xor_si256(load_bytes(p), _mm256_set1_epi8(-128)); }
   static I dot4(I sum, I w, I codes) { return in_order(_mm256_dpbusd_avx_epi32(sum, w, codes)); }
 
+  static constexpr int64_t kPartialQuads = 1 << 15;
   struct Partial {
     I lanes;
   };
-  static Partial zero_partial() { return {zero_i()}; }
+  static int32_t code_of_partial(int32_t start) { return start; }
+  static Partial start_partial(I code) { return {code}; }
   static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, w, a)}; }
-  static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
+  static I widen_partial(Partial p) { return p.lanes; }
 
   static I dot2(I sum, I a, I b) { return in_order(_mm256_dpwssd_avx_epi32(sum, a, b)); }
 

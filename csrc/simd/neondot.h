@@ -123,12 +123,14 @@ struct Simd {
     };
     return to_float(each(nibble, x));
   }
+  static constexpr int64_t kPartialQuads = 1 << 15;
   struct Partial {
     I lanes;
   };
-  static Partial zero_partial() { return {zero_i()}; }
+  static int32_t code_of_partial(int32_t start) { return start; }
+  static Partial start_partial(I code) { return {code}; }
   static Partial dot4_nibbles(Partial sum, I w, I a) { return {dot4(sum.lanes, w, a)}; }
-  static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
+  static I widen_partial(Partial p) { return p.lanes; }
 
   // The halves that dot2 multiplies stand apart: the first ones of all lanes in the low register, the second ones in
   // the high register. So a pair of weights times a pair of codes is one smlal by element for each.

@@ -151,18 +151,21 @@ struct Simd {
   static F nibble_to_float(I x) {
     return each([&](int i) { return static_cast<float>(static_cast<uint32_t>(x.lane[i]) >> Shift & 15u); });
   }
-  // A sum over at most eight calls of dot4_nibbles, in whatever form is cheap: per lane, four products of a byte of w in
-  // [0, 15] and a signed byte of a in [-127, 127] each.
+  // A sum over at most kPartialQuads calls of dot4_nibbles, in whatever form is cheap: per lane, four products of a byte
+  // of w in [0, 15] and a signed byte of a in [-127, 127] each. It starts with -zero times the sum of these a, zero <= 8,
+  // which is given to all lanes as code_of_partial() of it; or with 0.
+  static constexpr int64_t kPartialQuads = 1 << 15;
   struct Partial {
     I lanes;
   };
-  static Partial zero_partial() { return {zero_i()}; }
+  static int32_t code_of_partial(int32_t start) { return start; }
+  static Partial start_partial(I code) { return {code}; }
   static Partial dot4_nibbles(Partial sum, I w, I a) {
     for (int i = 0; i < 8; i++)
       for (int b = 0; b < 4; b++) sum.lanes.lane[i] += byte_of(w.lane[i], b) * byte_of(a.lane[i], b);
     return sum;
   }
-  static I add_partial(I sum, Partial p) { return add_i(sum, p.lanes); }
+  static I widen_partial(Partial p) { return p.lanes; }
 
   // The signed bytes 0 and 2, and the signed bytes 1 and 3, of each lane as two signed halves, as dot2 wants them.
   static I even_bytes(I x) {

@@ -139,12 +139,14 @@ class Run {
     for (int column = 0; column < kColumns; column += S::kLanes) {
       const uint8_t* any = in_.bytes + 4 * column;
       put("dot4", sum_of_products(any));
-      typename S::Partial nibbles = S::zero_partial();
+      int32_t sum = 0;
+      for (int k = 0; k < 32; k++) sum += in_.codes[k];
+      typename S::Partial nibbles = S::start_partial(S::set_i(S::code_of_partial(-8 * sum)));
       for (int k = 0; k < 32; k += 8) {  // a partial sum holds eight products
         nibbles = S::dot4_nibbles(nibbles, S::low_nibbles(S::load_bytes(any)), S::broadcast4(in_.codes + k));
         nibbles = S::dot4_nibbles(nibbles, S::high_nibbles(S::load_bytes(any)), S::broadcast4(in_.codes + k + 4));
       }
-      put("dot4_nibbles", S::add_partial(S::zero_i(), nibbles));
+      put("dot4_nibbles", S::widen_partial(nibbles));
     }
   }
 
