@@ -88,11 +88,11 @@ def spills(lines):
     ]
 
 
-# What is not yet so, in instructions of the worst tile. int8_a8 of AVX2 holds eight sums and the signs and
-# magnitudes of four quads; two rows of 16-bit codes against two panels of nibbles want 17 registers; one row
+# What is not yet so, in instructions of the worst tile. int8_a8 of AVX2 has eight sums and as many
+# words for one row against four panels; two rows of 16-bit codes against two panels of nibbles want 17 registers; one row
 # against four panels has 16 of sums and codes where 8 lanes are a vector.
 KNOWN = {
-    "avx2": {"a8_tile": 10, "int4_tile": 10, "float_row": 8},
+    "avx2": {"a8_tile": 8, "int4_tile": 10, "float_row": 8},
     "avxvnni": {"float_row": 8},
 }
 

@@ -65,7 +65,11 @@ struct Simd {
   // In each word, the sum of two products of an unsigned byte and a signed one, with saturation.
   static I products(I magnitude, I w) { return _mm256_maddubs_epi16(magnitude, w); }
   static I flip(I w, I sign) { return _mm256_xor_si256(w, sign); }
-  static I add_words(I a, I b) { return _mm256_add_epi16(a, b); }
+  static I add_words(I a, I b) {
+    a = _mm256_add_epi16(a, b);
+    __asm__("" : "+x"(a));  // see dot2
+    return a;
+  }
   // sum + the two signed words of each lane.
   static I add_widened(I sum, I words) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
