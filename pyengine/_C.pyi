@@ -1,9 +1,17 @@
 """csrc/bindings.cpp. Addresses are integers; see the headers for what they point to. Workspace 0 is
 allocated for the call."""
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 def kernels() -> list[tuple[str, str, str, int, bool]]: ...
 def isa_supported(isa: str, /) -> bool: ...
 def set_parallel_for(function: int, /) -> None: ...
+def set_tensor_api(api: object, /) -> None: ...
+def bind_linear(
+    index: int, N: int, K: int, group: int, scale_type: int, zero: int, layout_bytes: int, /
+) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor | None]: ...
 def linear(
     index: int, x: int, x_type: int, M: int, layout: int, N: int, K: int, bias: int, y: int, y_type: int,
     activation: int, group: int, scale_type: int, zero: int, workspace: int, /,

@@ -32,16 +32,16 @@ ID_DTYPES = (torch.int64, torch.int32)
 @dataclass(frozen=True)
 class Prepared:
     """A weight made ready for a kernel, all but its tensor: what a layer keeps beside its layout. name is the
-    layer's, for error messages. run is what the kernel binds to the problem."""
+    layer's, for error messages. run is what the kernel binds to the problem and the shape."""
 
     kernel: KernelSpec
     problem: Problem
     shape: tuple[int, int]
     name: str = ""
-    run: Callable[..., Tensor] = field(init=False, repr=False, compare=False)
+    run: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "run", self.kernel.bind(self.problem))
+        object.__setattr__(self, "run", self.kernel.bind(self.problem, self.shape))
 
     def unpack(self, layout: Tensor) -> PackedWeight:
         return self.kernel.layout.unpack(layout, self.problem.format, self.shape)
@@ -111,12 +111,11 @@ _transform = torch._C._functorch.peek_interpreter_stack
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether x has memory that a kernel may read, and nobody watches the operators that run: torch.compile,
-    torch.jit.trace, make_fx and torch.func would see nothing of what a kernel does.
+    """Whether nobody watches the operators that run on x: torch.compile, torch.jit.trace, make_fx, torch.func
+    and subclasses of Tensor would see nothing of what a kernel does.
     """
     return (
         type(x) is Tensor
-        and x.is_cpu
         and not _is_compiling()
         and not _is_tracing()
         and not _dispatch_modes()
@@ -138,22 +137,18 @@ def linear_prepared(
     activation: str | None = None,
 ) -> Tensor:
     """pe.ops.linear on a prepared weight."""
-    problem, (n, k) = prepared.problem, prepared.shape
+    problem = prepared.problem
     if _is_any_autocast_enabled() and _is_autocast_enabled(problem.device) and x.dtype in _DTYPES:
         x = x.to(torch.get_autocast_dtype(problem.device))
-    # The usual call, without a look at what can only be wrong or rare: that costs as much as a small kernel.
+    # The usual call; what is wrong or rare is looked into below.
     if (
-        _is_plain(x)
-        and x.dtype in _DTYPES
-        and (size := x.shape)
-        and size[-1] == k
-        and layout.is_cpu
-        # The bias may be another than the layer was built with, and a kernel reads N numbers from it.
-        and (bias is None or (bias.shape == (n,) and bias.is_cpu))
-        and (activation is None or activation in cpu.ACTIVATION_CODES)
+        prepared.kernel.device == "cpu"
+        and _is_plain(x)
         and not (_is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
     ):
-        return prepared.run(x, layout, bias, prepared.shape, activation)
+        y: Tensor | None = prepared.run(x, layout, bias, activation)
+        if y is not None:
+            return y
     _check_linear(x, layout, bias, prepared, activation)
     if _is_transformed():
         return _linear_transformed(x, layout, bias, prepared, activation)
@@ -199,16 +194,17 @@ def embedding_prepared(ids: Tensor, layout: Tensor, prepared: Prepared, dtype: t
     """pe.ops.embedding on a prepared table."""
     where = _where("embedding", prepared.name)
     _check_embedding(where, ids, layout, dtype)
-    if not _is_plain(ids):
+    if not (_is_plain(ids) and ids.is_cpu):
         problem = prepared.problem
         out: Tensor = torch.ops.pyengine.embedding(
             ids, layout, *prepared.shape, problem.format.name, prepared.kernel.layout.name, dtype
         )
         return out
     try:
-        return prepared.run(ids, layout, prepared.shape, dtype)
+        rows: Tensor = prepared.run(ids, layout, dtype)
     except IndexError as error:
         raise IndexError(str(error).replace("embedding", where, 1)) from None
+    return rows
 
 
 def dequantize_prepared(layout: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
@@ -254,7 +250,7 @@ def _check_layout(op: str, layout: Tensor, name: str, format: str, shape: tuple[
     if name not in _LAYOUTS:
         raise ValueError(f"{op}: layout_name {name!r} is none of {', '.join(_LAYOUTS)}")
     size = _LAYOUTS[name].nbytes(parse_format(format), shape) if min(shape) >= 0 else -1
-    if layout.dtype != torch.uint8 or layout.numel() != size or not layout.is_contiguous():
+    if layout.dtype != torch.uint8 or layout.shape != (size,) or not layout.is_contiguous():
         raise ValueError(
             f"{op}: layout is {layout.dtype} {tuple(layout.shape)}, "
             f"{name} of {format} {shape} is torch.uint8 ({size})"
@@ -268,7 +264,10 @@ def _linear_impl(
     _check_layout("linear", layout, layout_name, format, (n, k))
     prepared = _resolve("linear", format, input_spec, layout_name, (n, k), x.device.type)
     _check_linear(x, layout, bias, prepared, activation)
-    return prepared.run(x, layout, bias, prepared.shape, activation)
+    y: Tensor | None = prepared.run(x, layout, bias, activation)
+    if y is None:
+        raise RuntimeError(f"linear: {prepared.kernel.name} refused what had been checked")
+    return y
 
 
 def _linear_fake(x: Tensor, layout: Tensor, bias: Tensor | None, n: int, *_: Any) -> Tensor:
@@ -281,7 +280,8 @@ def _embedding_impl(
     _check_embedding("embedding", ids, layout, dtype)
     _check_layout("embedding", layout, layout_name, format, (n, k))
     prepared = _resolve("embedding", format, FLOAT.name, layout_name, (n, k), ids.device.type)
-    return prepared.run(ids, layout, prepared.shape, dtype)
+    rows: Tensor = prepared.run(ids, layout, dtype)
+    return rows
 
 
 def _embedding_fake(

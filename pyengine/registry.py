@@ -37,9 +37,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel. bind(problem) is the function that runs it: for linear (x, layout, bias, weight shape,
-    activation) -> y, for embedding (ids, layout, weight shape, dtype) -> y. What that gets has been checked
-    by ops.py."""
+    """One kernel. bind(problem, weight shape) is the function that runs it: for linear (x, layout, bias,
+    activation) -> y, for embedding (ids, layout, dtype) -> y. What that gets has been checked by ops.py; but
+    linear of device "cpu" looks at its tensors itself, and returns None for those that it cannot take."""
 
     name: str
     op: str
@@ -47,7 +47,7 @@ class KernelSpec:
     isa: str
     layout: Layout
     serves: Callable[[Problem], bool]
-    bind: Callable[[Problem], Callable[..., Any]]
+    bind: Callable[[Problem, tuple[int, int]], Callable[..., Any]]
     fallback: bool = False
 
 

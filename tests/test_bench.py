@@ -10,7 +10,7 @@ from torch import nn
 
 import pyengine as pe
 from pyengine import bench, reference
-from pyengine.bench import LINEAR, LinearCase, contenders, peers
+from pyengine.bench import LINEAR, LinearCase, contenders, peers, startup
 from pyengine.bench.ours import ours
 from pyengine.bench.run import time_interleaved
 from pyengine.cli import main
@@ -300,3 +300,10 @@ def test_pyengine_bench_fails_if_a_kernel_of_ours_is_wrong(capsys, monkeypatch):
 def test_the_kernel_that_is_named_is_the_layers():
     layer = pe.nn.Linear.from_float(nn.Linear(40, 24), "w8a8")
     assert run()[0]["kernel"] == layer.kernel
+
+
+def test_the_rate_of_each_layout_is_recorded_for_both_states_of_memory(monkeypatch):
+    monkeypatch.setattr(startup, "WEIGHTS", ((33, 40),))
+    rates = startup.layouts()
+    assert list(rates) == ["int8, 33x40", "int4, 33x40"]
+    assert all(list(of) == ["touched", "fresh"] and min(of.values()) > 0 for of in rates.values())

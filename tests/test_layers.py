@@ -72,7 +72,7 @@ def test_linear_keeps_the_leading_dimensions_of_its_input(scheme):
     layer = linear(scheme)
     rows = inputs(12, K)
     expected = layer(rows)
-    for shape in ((K,), (1, K), (0, K), (2, 0, K), (12, K), (2, 3, 2, K)):
+    for shape in ((K,), (1, K), (0, K), (2, 0, K), (12, K), (2, 3, 2, K), (*[1] * 70, K)):
         x = rows[: torch.Size(shape[:-1]).numel()].reshape(shape)
         assert layer(x).shape == F.linear(x, layer.weight).shape
         if 0 not in shape:

@@ -177,6 +177,50 @@ def test_a_wrong_kernel_index_raises_index_error(index):
         _C.linear(index, *[0] * 14)
     with pytest.raises(IndexError, match=f"no kernel at index {index}"):
         _C.embedding(index, *[0] * 12)
+    with pytest.raises(IndexError, match=f"no kernel at index {index}"):
+        _C.bind_linear(index, *[0] * 6)
+
+
+TENSORS = {"x": torch.ones(2, 128), "layout": torch.zeros(0), "bias": torch.ones(5), "activation": 0}
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        {"x": torch.ones(2, 127)},
+        {"x": torch.tensor(1.0)},
+        {"x": torch.ones(128, 2).T},
+        {"x": torch.ones(2, 128, dtype=torch.float64)},
+        {"x": torch.ones(2, 128, dtype=torch.int32)},
+        {"x": torch.ones(2, 128, device="meta")},
+        {"x": torch.ones(2, 128).to_sparse()},
+        {"x": None},
+        {"layout": torch.zeros(1, dtype=torch.uint8)},
+        {"layout": torch.zeros(2176, dtype=torch.int8)},
+        {"layout": torch.zeros(4352, dtype=torch.uint8)[::2]},
+        {"layout": torch.zeros(34, 64, dtype=torch.uint8)},
+        {"layout": torch.zeros(2176, dtype=torch.uint8, device="meta")},
+        {"bias": torch.ones(4)},
+        {"bias": torch.ones(10)[::2]},
+        {"bias": torch.ones(5, 1)},
+        {"bias": torch.ones(5, dtype=torch.float16)},
+        {"bias": torch.ones(5, device="meta")},
+        {"bias": 7},
+        {"activation": -1},
+        {"activation": 4},
+    ],
+    ids=lambda unusual: "-".join(f"{name}-{getattr(t, 'shape', t)}" for name, t in unusual.items()),
+)
+def test_a_bound_kernel_looks_at_all_that_it_reads(unusual):
+    weight = random_weight(parse_format("int8"), 5, 128)
+    prepared, layout = ops.prepare("linear", weight, kernel="linear_int8_portable")
+    assert layout.numel() == 2176
+    call = _C.bind_linear(0, 5, 128, 128, 0, 128, layout.numel())
+    usual = {**TENSORS, "layout": layout}
+    assert call(*usual.values()).equal(prepared.run(usual["x"], layout, usual["bias"], None))
+    assert call(*{**usual, **unusual}.values()) is None
+    with pytest.raises(TypeError):
+        call(*list(usual.values())[:3])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import glob
 import logging
-import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -59,6 +58,7 @@ def _share_torch_threads() -> None:
 
 
 _share_torch_threads()
+_C.set_tensor_api(torch.Tensor.__dlpack_c_exchange_api__)
 
 
 def _int8_layout(
@@ -154,38 +154,21 @@ PANELS = _int8_layout("panels16x4", _C.panels_bytes, _C.pack_panels, _C.unpack_p
 OCTETS = _int8_layout("panels16x8", _C.octets_bytes, _C.pack_octets, _C.unpack_octets)
 
 
-_FLOAT32 = torch.float32
-
-
 def format_arguments(format: WeightFormat) -> tuple[int, int, int]:
     """The group size (0: the whole row), type of the scales and zero point of a call."""
     return format.group_size, DTYPE_CODES[DTYPES[format.scale_dtype]], _zero_point(format)
 
 
-def _linear(index: int, problem: Problem) -> Callable[..., Tensor]:
-    run, (group_size, scale_type, zero) = _C.linear, format_arguments(problem.format)
+def _linear(index: int, layout: Layout, problem: Problem, shape: tuple[int, int]) -> Callable[..., Any]:
+    group_size, scale_type, zero = format_arguments(problem.format)
+    nbytes = layout.nbytes(problem.format, shape)
+    call = _C.bind_linear(index, *shape, group_size or shape[1] or 1, scale_type, zero, nbytes)
 
-    def linear(
-        x: Tensor, layout: Tensor, bias: Tensor | None, shape: tuple[int, int], activation: str | None
-    ) -> Tensor:
-        n, k = shape
-        size = x.shape
-        if len(size) == 2:
-            m = size[0]
-            y = x.new_empty(m, n)
-        else:
-            m = math.prod(size[:-1])
-            y = x.new_empty(*size[:-1], n)  # torch parses a tuple more slowly than it allocates
-        if not x.is_contiguous():
-            x = x.contiguous()
-        if bias is not None and (bias.dtype is not _FLOAT32 or not bias.is_contiguous()):
-            bias = bias.to(torch.float32).contiguous()
-        code = DTYPE_CODES[x.dtype]
-        run(
-            index, x.data_ptr(), code, m, layout.data_ptr(), n, k, 0 if bias is None else bias.data_ptr(),
-            y.data_ptr(), code, 0 if activation is None else ACTIVATION_CODES[activation],
-            group_size or k or 1, scale_type, zero, 0,
-        )  # fmt: skip
+    def linear(x: Tensor, layout: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
+        code = 0 if activation is None else ACTIVATION_CODES.get(activation, -1)
+        y = call(x, layout, bias, code)
+        if y is None:  # perhaps only for the order of x in memory, or the type of the bias
+            y = call(x.contiguous(), layout, None if bias is None else bias.float().contiguous(), code)
         return y
 
     return linear
@@ -203,12 +186,11 @@ def linear_into(
     return y
 
 
-def _embedding(index: int, problem: Problem) -> Callable[..., Tensor]:
-    group_size, scale_type, zero = format_arguments(problem.format)
+def _embedding(index: int, layout: Layout, problem: Problem, shape: tuple[int, int]) -> Callable[..., Any]:
+    (n, k), (group_size, scale_type, zero) = shape, format_arguments(problem.format)
     bits, factor = problem.format.bits, 1 + _doubled(problem.format)
 
-    def embedding(ids: Tensor, layout: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        n, k = shape
+    def embedding(ids: Tensor, layout: Tensor, dtype: torch.dtype) -> Tensor:
         wide = ids.to(torch.int64).contiguous()
         y = layout.new_empty((*ids.shape, k), dtype=dtype)
         bad = _C.embedding(
@@ -248,7 +230,7 @@ def _rows_of_8_bits(format: WeightFormat) -> bool:
 
 
 # By (op, variant in kernels.inc): the layout, the formats and the activations served, and what makes a
-# function of an index and a problem.
+# function of an index, a layout, a problem and a shape.
 _VARIANTS: dict[tuple[str, str], tuple[Layout, Callable[[WeightFormat], bool], str, Callable[..., Any]]] = {
     ("linear", "int8"): (PANELS, int8_per_channel, "float", _linear),
     ("linear", "int8_a8"): (PANELS, int8_per_channel, "a8", _linear),
@@ -265,14 +247,15 @@ _LAYOUTS = {("linear", "int8_a8", "i8mm"): OCTETS}
 
 def _spec(op: str, variant: str, isa: str, index: int) -> KernelSpec:
     layout, fits, activation, run = _VARIANTS[op, variant]
+    layout = _LAYOUTS.get((op, variant, isa), layout)
     return KernelSpec(
         name=f"{op}_{variant}_{isa}",
         op=op,
         device="cpu",
         isa=isa,
-        layout=_LAYOUTS.get((op, variant, isa), layout),
+        layout=layout,
         serves=lambda problem: fits(problem.format) and problem.input_spec.name == activation,
-        bind=partial(run, index),
+        bind=partial(run, index, layout),
     )
 
 

@@ -85,10 +85,10 @@ def quantize_rows(x: Tensor, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
 
 def _linear(
     problem: Problem,
+    shape: tuple[int, int],
     x: Tensor,
     layout: Tensor,
     bias: Tensor | None,
-    shape: tuple[int, int],
     activation: str | None,
 ) -> Tensor:
     weight = _views(layout, problem.format, shape).dequantize(torch.float32)
@@ -106,7 +106,7 @@ def _linear(
 
 
 def _embedding(
-    problem: Problem, ids: Tensor, layout: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    problem: Problem, shape: tuple[int, int], ids: Tensor, layout: Tensor, dtype: torch.dtype
 ) -> Tensor:
     weight = _views(layout, problem.format, shape)
     flat = ids.reshape(-1).long()

@@ -222,10 +222,8 @@ def _grid(m: int, n: int, blocks: dict[str, int]) -> tuple[int, int]:
     return -(-m // blocks["BM"]), -(-n // blocks["BN"])
 
 
-def _bind(launch: Callable[..., None], problem: Problem) -> Callable[..., Tensor]:
-    def linear(
-        x: Tensor, layout: Tensor, bias: Tensor | None, shape: tuple[int, int], activation: str | None
-    ) -> Tensor:
+def _bind(launch: Callable[..., None], problem: Problem, shape: tuple[int, int]) -> Callable[..., Tensor]:
+    def linear(x: Tensor, layout: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
         y = x.new_empty(*x.shape[:-1], shape[0])
         m = math.prod(x.shape[:-1])
         if bias is not None:

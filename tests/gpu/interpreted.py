@@ -39,7 +39,7 @@ def run(kernel, x, weight, bias=None, activation=None):
     spec = ACTIVATIONS["a8" if kernel is INT8 else "float"]
     problem = Problem("linear", weight.format, spec, "cuda")
     assert kernel.serves(problem)
-    y = kernel.bind(problem)(x, kernel.layout.pack(weight), bias, weight.shape, activation)
+    y = kernel.bind(problem, weight.shape)(x, kernel.layout.pack(weight), bias, activation)
     return y, spec
 
 

@@ -10,7 +10,7 @@ namespace {
 
 // A range of less work than this is not split over threads: about 10 us on one core.
 constexpr int64_t kGrainMacs = 1 << 19;
-constexpr int64_t kGrainElements = 1 << 15;
+constexpr int64_t kGrainElements = 1 << 13;
 
 }  // namespace
 

@@ -28,15 +28,18 @@ void pack_column(const uint8_t* row, int64_t depth, uint8_t* column) {
 // The largest sums of the squares of t, of the eight codes of a column whose products are added up in one word; of both
 // kinds, over the columns of one group of a panel. Plain loops over fixed counts, which the compiler turns into vectors.
 void raise_energies(const int8_t* group, int32_t (&largest)[2]) {
-  int32_t energy[kQuads] = {};
-  for (int quad = 0; quad < 4; quad++, group += kQuads)
+  uint32_t energy[kQuads / 2] = {};  // of pairs of codes: even ones belong to the first kind, odd ones to the second
+  for (int quad = 0; quad < 4; quad++, group += kQuads) {
+    uint16_t square[kQuads];  // at most 128 * 128
     for (int i = 0; i < kQuads; i++) {
-      const int16_t t = static_cast<int16_t>(std::max(-group[i], group[i] + 1));
-      energy[i] += t * t;
+      const auto t = static_cast<uint8_t>((group[i] < 0 ? ~group[i] : group[i]) + 1);
+      square[i] = static_cast<uint16_t>(t * t);
     }
-  for (int i = 0; i < kQuads; i += 4)
-    for (int odd = 0; odd < 2; odd++)
-      largest[odd] = std::max(largest[odd], energy[i + 2 * odd] + energy[i + 2 * odd + 1]);
+    uint32_t pairs[kQuads / 2];
+    std::memcpy(pairs, square, sizeof(pairs));
+    for (int i = 0; i < kQuads / 2; i++) energy[i] += (pairs[i] & 0xffff) + (pairs[i] >> 16);
+  }
+  for (int i = 0; i < kQuads / 2; i++) largest[i % 2] = std::max(largest[i % 2], static_cast<int32_t>(energy[i]));
 }
 
 // At most 65534: kernels add up squares with saturation, and 65535 must be beyond.
