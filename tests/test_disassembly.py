@@ -15,7 +15,7 @@ from pyengine.backends.cpu import ISAS
 PINNED = "GCC: (Debian 12."
 BUILT = sorted({isa for op, _, isa, _, _ in _C.kernels() if op == "linear"} - {"portable"}, key=ISAS.index)
 FILE = _C.__file__
-TILE = re.compile(r"(a8_tile|int8_a16_tile|int4_tile|float_tile|float_row|amx_tiles)I")
+TILE = re.compile(r"(a8_tile|int8_a16_tile|int4_tile|nibble_tile|byte_tile|float_tile|amx_tiles)I")
 VECTOR = re.compile(r"%[xyz]mm\d")
 JUMP = re.compile(r"\t(j\w+) +([0-9a-f]+)")
 ENDS = re.compile(r"\t(jmp|ret)\b")
@@ -88,12 +88,10 @@ def spills(lines):
     ]
 
 
-# What is not yet so, in instructions of the worst tile. int8_a8 of AVX2 has eight sums and as many
-# words for one row against four panels; two rows of 16-bit codes against two panels of nibbles want 17 registers; one row
-# against four panels has 16 of sums and codes where 8 lanes are a vector.
+# What is not yet so, in instructions of the worst tile. int8_a8 of AVX2 has eight sums and as many words for one
+# row against four panels; two rows of 16-bit codes against two panels of nibbles want 17 registers.
 KNOWN = {
-    "avx2": {"a8_tile": 8, "int4_tile": 10, "float_row": 8},
-    "avxvnni": {"float_row": 8},
+    "avx2": {"a8_tile": 8, "int4_tile": 10},
 }
 
 

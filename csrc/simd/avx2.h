@@ -109,7 +109,8 @@ struct Simd {
   static I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
   template <int Shift>
   static F nibble_to_float(I x) {
-    return to_float(_mm256_and_si256(_mm256_srli_epi32(x, Shift), _mm256_set1_epi32(15)));
+    const I low = Shift ? _mm256_srli_epi32(x, Shift) : x;
+    return to_float(Shift == 28 ? low : _mm256_and_si256(low, _mm256_set1_epi32(15)));
   }
   // Sums of pairs in 16 bits: 8 quads of 2 * 15 * 127 each are at most 30480. The first word of a lane has the start as
   // well, and ends at the sum of 16 (w - zero) a less zero times 16 other a: at most (8 + 8) * 16 * 127 = 32512, whatever

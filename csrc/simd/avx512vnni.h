@@ -67,7 +67,8 @@ struct Simd {
   static I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
   template <int Shift>
   static F nibble_to_float(I x) {
-    return to_float(_mm512_and_si512(_mm512_srli_epi32(x, Shift), set_i(15)));
+    const I low = Shift ? _mm512_srli_epi32(x, Shift) : x;
+    return to_float(Shift == 28 ? low : _mm512_and_si512(low, set_i(15)));
   }
   static constexpr int64_t kPartialQuads = 1 << 15;
   struct Partial {
