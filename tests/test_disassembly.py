@@ -88,8 +88,8 @@ def spills(lines):
     ]
 
 
-# What is not yet so, in instructions of the worst tile. int8_a8 of AVX2 has eight sums and as many words for one
-# row against four panels; two rows of 16-bit codes against two panels of nibbles want 17 registers.
+# What is not yet so, in instructions of the worst tile. int8_a8 of AVX2 has eight sums and as many words for
+# one row against four panels; two rows of 16-bit codes against two panels of nibbles want 17 registers.
 KNOWN = {
     "avx2": {"a8_tile": 8, "int4_tile": 10},
 }
