@@ -189,9 +189,10 @@ void set_tensor_api(const py::capsule& capsule) {
   tensor_api = api;
 }
 
-// False for what is no tensor in order in the memory of the CPU.
+// False for what is no tensor in order in the memory of the CPU; a tensor may also have lost its memory, or never had any.
 bool read(PyObject* object, Tensor& tensor) {
-  if (tensor_api->read(object, &tensor) == 0) return tensor.is_cpu() && tensor.is_contiguous();
+  if (tensor_api->read(object, &tensor) == 0)
+    return tensor.is_cpu() && tensor.is_contiguous() && (tensor.data || !tensor.elements(tensor.dims));
   PyErr_Clear();
   return false;
 }

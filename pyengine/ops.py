@@ -1,8 +1,8 @@
-"""The door for tensors: check, allocate, select, run. And the same ops for torch.compile and torch.export.
+"""The door for tensors: check, select, run. And the same ops for torch.compile and torch.export.
 
-Each op has two ways in. Eager calls on plain tensors go straight to a kernel. Everything else (compilation,
-export, gradients, tensor subclasses) goes through torch.ops.pyengine.*, which names formats and layouts but
-no instruction set, so that an exported program runs on another machine.
+Each op has two ways in. Eager calls on plain tensors go straight to a kernel of the CPU. Everything else
+(compilation, export, gradients, tensor subclasses) goes through torch.ops.pyengine.*, which names formats and
+layouts but no instruction set, so that an exported program runs on another machine.
 """
 
 from __future__ import annotations
@@ -112,10 +112,12 @@ _transform = torch._C._functorch.peek_interpreter_stack
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nobody watches the operators that run on x: torch.compile, torch.jit.trace, make_fx, torch.func
-    and subclasses of Tensor would see nothing of what a kernel does.
+    and subclasses of Tensor would see nothing of what a kernel does. And whether its memory has its values: of
+    a lazy negative it has their opposites.
     """
     return (
         type(x) is Tensor
+        and not x.is_neg()
         and not _is_compiling()
         and not _is_tracing()
         and not _dispatch_modes()

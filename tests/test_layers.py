@@ -481,3 +481,10 @@ def test_torch_func_transforms_give_the_kernels_value_and_the_derivative_of_f_li
 def test_embedding_under_vmap():
     table, ids = embedding(), torch.tensor([[1, 2], [3, 23]])
     assert_same_bits(torch.vmap(table)(ids), table(ids))
+
+
+def test_a_lazy_negative_is_negative():
+    x = torch.randn(3, 32)
+    layer = pe.nn.Linear.from_float(torch.nn.Linear(32, 5), "w8a8")
+    with torch.no_grad():
+        assert_same_bits(layer(torch._neg_view(x)), layer(-x))

@@ -181,6 +181,12 @@ def test_a_wrong_kernel_index_raises_index_error(index):
         _C.bind_linear(index, *[0] * 6)
 
 
+def freed(tensor):
+    """The same tensor without its memory."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 TENSORS = {"x": torch.ones(2, 128), "layout": torch.zeros(0), "bias": torch.ones(5), "activation": 0}
 
 
@@ -194,6 +200,7 @@ TENSORS = {"x": torch.ones(2, 128), "layout": torch.zeros(0), "bias": torch.ones
         {"x": torch.ones(2, 128, dtype=torch.int32)},
         {"x": torch.ones(2, 128, device="meta")},
         {"x": torch.ones(2, 128).to_sparse()},
+        {"x": freed(torch.ones(2, 128))},
         {"x": None},
         {"layout": torch.zeros(1, dtype=torch.uint8)},
         {"layout": torch.zeros(2176, dtype=torch.int8)},
@@ -205,6 +212,9 @@ TENSORS = {"x": torch.ones(2, 128), "layout": torch.zeros(0), "bias": torch.ones
         {"bias": torch.ones(5, 1)},
         {"bias": torch.ones(5, dtype=torch.float16)},
         {"bias": torch.ones(5, device="meta")},
+        {"layout": freed(torch.zeros(2176, dtype=torch.uint8))},
+        {"bias": freed(torch.ones(5))},
+        {"bias": torch._efficientzerotensor(5)},
         {"bias": 7},
         {"activation": -1},
         {"activation": 4},
