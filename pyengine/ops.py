@@ -112,8 +112,8 @@ _transform = torch._C._functorch.peek_interpreter_stack
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nobody watches the operators that run on x: torch.compile, torch.jit.trace, make_fx, torch.func
-    and subclasses of Tensor would see nothing of what a kernel does. And whether its memory has its values: of
-    a lazy negative it has their opposites.
+    and subclasses of Tensor would see nothing of what a kernel does. And whether its memory has its values: a
+    lazy negative's has their opposites.
     """
     return (
         type(x) is Tensor
