@@ -117,12 +117,12 @@ def _is_plain(x: Tensor) -> bool:
     """
     return (
         type(x) is Tensor
-        and not x.is_neg()
         and not _is_compiling()
         and not _is_tracing()
         and not _dispatch_modes()
         and _transform() is None
         and forward_ad._current_level < 0
+        and not x.is_neg()  # last: torch.compile cannot trace it
     )
 
 
